@@ -1,0 +1,1 @@
+"""Planning, preflight and recovery for cluster runs."""

@@ -1,0 +1,1 @@
+"""The CPU runtime and the CPU layer spec."""

@@ -1,0 +1,1 @@
+"""The weight-update lens: what fine-tuning did to the weights."""

@@ -1,0 +1,1 @@
+"""The DFT loss family; imports torch alone."""

@@ -1,0 +1,127 @@
+"""Run a function on N gloo ranks, each a process of its own, started in well under a second.
+
+Importing torch, transformers and Megatron costs 15 s a process. A fork server that has imported them
+once hands out ranks by fork; it has never run autograd, so the children may (forking pytest itself
+would leave torch's autograd engine unusable in the child).
+"""
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.preload"])
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on the loopback interface."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+        TORCHDYNAMO_DISABLE="1",
+        **env,
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    out = Path(directory) / f"rank{rank}.pkl"
+    try:
+        if init:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{directory}/store",
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=60),
+            )
+        result = ("ok", fn(*args, **kwargs))
+    except BaseException as error:  # the parent re-raises it with the rank's traceback
+        result = ("error", (error, traceback.format_exc()))
+    try:
+        payload = pickle.dumps(result)
+    except Exception:
+        payload = pickle.dumps(("error", (RuntimeError(repr(result)), repr(result))))
+    out.write_bytes(payload)
+    # No interpreter teardown: gloo's threads may still wait for a peer that has failed.
+    os._exit(0)
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 300.0,
+    init: bool = True,
+    env: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call `fn(*args, **kwargs)` on `world_size` ranks and return their results in rank order.
+
+    `fn` is a module-level function of an importable test module; it, its arguments and its results are
+    pickled. With `init` the default gloo group is up; without it only RANK, WORLD_SIZE, MASTER_ADDR …
+    are set (Megatron's training loop brings up its own). The first rank's exception is raised here,
+    its traceback in the message; a rank that is still running after `timeout` seconds fails the test.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        port = free_port()
+        ranks = [
+            _CONTEXT.Process(
+                target=_rank_main,
+                args=(fn, r, world_size, args, kwargs, init, port, directory, env or {}),
+                daemon=True,
+            )
+            for r in range(world_size)
+        ]
+        for p in ranks:
+            p.start()
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        outcomes: dict[int, Any] = {}
+        hung = False
+        while len(outcomes) < world_size:
+            for r, p in enumerate(ranks):
+                if r in outcomes:
+                    continue
+                p.join(0.02)
+                if p.exitcode is not None:
+                    path = Path(directory) / f"rank{r}.pkl"
+                    outcomes[r] = (
+                        pickle.loads(path.read_bytes())
+                        if path.exists()
+                        else ("error", (RuntimeError(f"rank {r} died"), f"exit {p.exitcode}"))
+                    )
+            failed = [r for r, o in outcomes.items() if o[0] == "error"]
+            hung = datetime.datetime.now() > deadline
+            if failed or hung:
+                break
+        for p in ranks:
+            if p.is_alive():
+                p.kill()
+            p.join()
+        for r in sorted(outcomes):
+            kind, value = outcomes[r]
+            if kind == "error":
+                error, text = value
+                error.add_note(f"on rank {r} of {world_size}:\n{text}")
+                raise error
+        if hung:
+            missing = sorted(set(range(world_size)) - set(outcomes))
+            raise TimeoutError(f"ranks {missing} of {world_size} still ran after {timeout} s")
+        return [outcomes[r][1] for r in range(world_size)]
