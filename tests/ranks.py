@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +55,21 @@ def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
             )
         result = ("ok", fn(*args, **kwargs))
     except BaseException as error:  # the parent re-raises it with the rank's traceback
-        result = ("error", (error, traceback.format_exc()))
+        result = ("error", (error, traceback.format_exc(), time.monotonic()))
     try:
         payload = pickle.dumps(result)
     except Exception:
-        payload = pickle.dumps(("error", (RuntimeError(repr(result)), repr(result))))
+        payload = pickle.dumps(("error", (RuntimeError(repr(result)), "", time.monotonic())))
     out.write_bytes(payload)
     # No interpreter teardown: gloo's threads may still wait for a peer that has failed.
     os._exit(0)
+
+
+def _outcome(path: Path, exitcode: int | None) -> Any:
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    error = TimeoutError("rank still ran at the time-out, or died without a word")
+    return "error", (error, f"exit code {exitcode}", float("inf"))
 
 
 def run_ranks(
@@ -92,36 +100,25 @@ def run_ranks(
         ]
         for p in ranks:
             p.start()
-        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        deadline = time.monotonic() + timeout
         outcomes: dict[int, Any] = {}
-        hung = False
-        while len(outcomes) < world_size:
+        while len(outcomes) < world_size and time.monotonic() < deadline:
             for r, p in enumerate(ranks):
-                if r in outcomes:
-                    continue
-                p.join(0.02)
-                if p.exitcode is not None:
-                    path = Path(directory) / f"rank{r}.pkl"
-                    outcomes[r] = (
-                        pickle.loads(path.read_bytes())
-                        if path.exists()
-                        else ("error", (RuntimeError(f"rank {r} died"), f"exit {p.exitcode}"))
-                    )
-            failed = [r for r, o in outcomes.items() if o[0] == "error"]
-            hung = datetime.datetime.now() > deadline
-            if failed or hung:
+                if r not in outcomes:
+                    p.join(0.02)
+                    if p.exitcode is not None:
+                        outcomes[r] = _outcome(Path(directory) / f"rank{r}.pkl", p.exitcode)
+            if any(kind == "error" for kind, _ in outcomes.values()):
                 break
-        for p in ranks:
-            if p.is_alive():
-                p.kill()
+        for r, p in enumerate(ranks):
+            p.join(1.0 if len(outcomes) < world_size else 0)
+            p.kill()
             p.join()
-        for r in sorted(outcomes):
-            kind, value = outcomes[r]
-            if kind == "error":
-                error, text = value
-                error.add_note(f"on rank {r} of {world_size}:\n{text}")
-                raise error
-        if hung:
-            missing = sorted(set(range(world_size)) - set(outcomes))
-            raise TimeoutError(f"ranks {missing} of {world_size} still ran after {timeout} s")
+            outcomes.setdefault(r, _outcome(Path(directory) / f"rank{r}.pkl", p.exitcode))
+        # Peers of a failed rank fail too, a moment later, when its connections close.
+        failed = [(v[2], r, v) for r, (kind, v) in outcomes.items() if kind == "error"]
+        if failed:
+            _, r, (error, text, _) = min(failed, key=lambda f: f[:2])
+            error.add_note(f"on rank {r} of {world_size}:\n{text}")
+            raise error
         return [outcomes[r][1] for r in range(world_size)]
