@@ -1,0 +1,299 @@
+"""Run Megatron's CUDA-only training loop on CPU with gloo: one table of replacements, reversible.
+
+Megatron-Core 0.19 asks torch.cuda for a device, streams, random states and memory figures, and asserts
+on CUDA tensor types. `activate()` gives it answers that are true of a CPU; `deactivate()` puts every
+replaced attribute back. Each entry names an attribute that must exist: where an upstream release moved
+it, activation fails and says which.
+
+| what | where | replaced by | why |
+|---|---|---|---|
+| devices | every torch function call with `device=`, `.to()`, `.cuda()` | CPU | `device="cuda"` is hard-coded |
+| tensor type names | `Tensor.type()` | `torch.cuda.*Tensor` | gradient clipping and the optimizers compare it |
+| presence | `torch.cuda.is_available`, `is_initialized`, `device_count` | yes; LOCAL_WORLD_SIZE | asserted, local ranks |
+| current device | `torch.cuda.current_device`, `set_device`, `device` | CPU; no-op | `device=current_device()` |
+| properties | `get_device_properties`, `_capability`, `_name` | those of an 8.0 device called cpu | read, never used |
+| streams, events | `Stream`, `Event`, `stream`, `*_stream`, `synchronize` | no-ops | CPU work is in order already |
+| random state | `get_/set_rng_state`, `manual_seed*`, `default_generators`, `_lazy_*` | the CPU generator | RNG tracker |
+| memory figures | `memory_*`, `max_memory_*`, `*_peak_*`, `empty_cache`, `device_memory_used` | 0 | no allocator |
+| NVTX | `torch.cuda.nvtx.range_push/pop` | no-ops | no profiler |
+| accelerator | `torch.accelerator.is_available` | no | there is none |
+| process group | `torch.distributed.init_process_group` | without `device_id` | gloo takes none |
+| data loader | `torch.utils.data.DataLoader.__init__` | `pin_memory=False` | pinning needs CUDA |
+| optimizer checks | `Optimizer._cuda_graph_capture_health_check` and its twin | no-ops | ask CUDA at each step |
+| compile | `torch._dynamo.config.disable` | True | fusions are compiled for CUDA speed |
+| RNG tracker imports | `megatron.core.tensor_parallel.random._lazy_call` … | run at once | names bound at import |
+| C++ helpers | `megatron.core.datasets.utils.compile_helpers` | skipped where built | wheel has no Makefile |
+| norm, attention | `LocalSpecProvider`, `LNImpl`, `LayerNormImpl` | `megatron_dft.cpu.layers` | SP, thd and CP |
+
+Source of the requirements: megatron-core 0.19.2 (training/, core/) read and run on CPU.
+"""
+
+import contextlib
+import importlib
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _to_cpu(device: Any) -> Any:
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    # A bare integer is a CUDA ordinal; bool is an int but never a device.
+    if isinstance(device, int) and not isinstance(device, bool):
+        return CPU
+    return device
+
+
+class CpuMode(TorchFunctionMode):
+    """Sends every CUDA placement to the CPU and names tensor types as CUDA's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            # Positions after the tensor may hold a dtype, a device or another tensor.
+            args = (
+                args[0],
+                *(_to_cpu(a) if isinstance(a, str | torch.device) else a for a in args[1:]),
+            )
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, *args):
+        pass
+
+    def wait_event(self, *args):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return False
+
+    @staticmethod
+    def priority_range():
+        return (0, 0)
+
+
+class _Event:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args):
+        pass
+
+    def wait(self, *args):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+class _Generators:
+    """`torch.cuda.default_generators` has one generator a device; the CPU has one in all."""
+
+    def __getitem__(self, index):
+        return torch.default_generator
+
+    def __len__(self):
+        return 1
+
+
+def _nothing(*args, **kwargs):
+    return None
+
+
+def _zero(*args, **kwargs):
+    return 0
+
+
+def _call_now(function, **kwargs):
+    function()
+
+
+def _without(function, *names, **fixed):
+    """`function` called without the keyword arguments `names`, and with those of `fixed`."""
+
+    def call(*args, **kwargs):
+        for name in names:
+            kwargs.pop(name, None)
+        return function(*args, **{**kwargs, **fixed})
+
+    return call
+
+
+def _compile_helpers(original):
+    def compile_helpers():
+        # The wheel brings the compiled module and no Makefile; make's failure would exit the job.
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, replacement) for each row of the module's table."""
+    cuda = torch.cuda
+    generator = torch.default_generator
+    properties = SimpleNamespace(
+        major=8, minor=0, total_memory=0, name="cpu", multi_processor_count=1
+    )
+    get_rng = _without(torch.get_rng_state)
+    rng: dict[str, Any] = {
+        "get_rng_state": lambda *a, **k: get_rng(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+    }
+    names: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": lambda: CPU,
+        "set_device": _nothing,
+        "device": lambda *a, **k: contextlib.nullcontext(),
+        "get_device_properties": lambda *a: properties,
+        "get_device_capability": lambda *a: (8, 0),
+        "get_device_name": lambda *a: "cpu",
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda *a, **k: contextlib.nullcontext(),
+        "current_stream": lambda *a, **k: _Stream(),
+        "default_stream": lambda *a, **k: _Stream(),
+        "set_stream": _nothing,
+        "synchronize": _nothing,
+        "is_current_stream_capturing": lambda: False,
+        "manual_seed": lambda seed: generator.manual_seed(seed) and None,
+        "manual_seed_all": _nothing,
+        "default_generators": _Generators(),
+        "_lazy_init": _nothing,
+        "_lazy_call": _call_now,
+        "memory_allocated": _zero,
+        "max_memory_allocated": _zero,
+        "memory_reserved": _zero,
+        "max_memory_reserved": _zero,
+        "device_memory_used": _zero,
+        "memory_stats": lambda *a, **k: {},
+        "reset_peak_memory_stats": _nothing,
+        "empty_cache": _nothing,
+        **rng,
+    }
+    rows: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in names.items()]
+    rows += [(cuda.random, name, value) for name, value in rng.items()]
+    rows += [(cuda.nvtx, "range_push", _nothing), (cuda.nvtx, "range_pop", _nothing)]
+    rows += [(torch.accelerator, "is_available", lambda: False)]
+
+    dist = torch.distributed
+    rows += [(dist, "init_process_group", _without(dist.init_process_group, "device_id"))]
+    loader = torch.utils.data.DataLoader
+    rows += [(loader, "__init__", _without(loader.__init__, pin_memory=False))]
+    for check in (
+        "_accelerator_graph_capture_health_check",
+        "_cuda_graph_capture_health_check",
+    ):
+        # torch renamed the first into the second over the supported releases.
+        if hasattr(torch.optim.Optimizer, check):
+            rows += [(torch.optim.Optimizer, check, _nothing)]
+
+    import torch._dynamo.config as dynamo
+
+    rows += [(dynamo, "disable", True)]
+
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    rows += [
+        (mcore_random, "_lazy_call", _call_now),
+        (mcore_random, "_lazy_init", _nothing),
+        (mcore_random, "device_ctx_manager", lambda *a, **k: contextlib.nullcontext()),
+        (dataset_utils, "compile_helpers", _compile_helpers(dataset_utils.compile_helpers)),
+    ]
+
+    from megatron_dft.cpu import layers
+
+    return rows + layers.replacements()
+
+
+class _State:
+    saved: list[tuple[Any, str, Any]] = []
+    mode: CpuMode | None = None
+
+
+def is_active() -> bool:
+    """Whether the CPU runtime stands in for CUDA in this process."""
+    return _State.mode is not None
+
+
+def activate() -> None:
+    """Replace what the module's table lists. Idempotent.
+
+    Raises:
+        RuntimeError: a GPU is in use already, or an attribute of the table is not there any more.
+    """
+    if is_active():
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError("the CPU runtime cannot start: CUDA is initialised in this process")
+    rows = _replacements()
+    missing = [f"{owner.__name__}.{name}" for owner, name, _ in rows if not hasattr(owner, name)]
+    if missing:
+        raise RuntimeError(
+            f"the CPU runtime does not know this torch or megatron-core release; missing: {missing}"
+        )
+    _State.saved = [(owner, name, getattr(owner, name)) for owner, name, _ in rows]
+    for owner, name, value in rows:
+        setattr(owner, name, value)
+    _State.mode = CpuMode()
+    _State.mode.__enter__()
+
+
+def deactivate() -> None:
+    """Put everything back as it was before `activate()`. Idempotent."""
+    if _State.mode is None:
+        return
+    _State.mode.__exit__(None, None, None)
+    for owner, name, value in reversed(_State.saved):
+        setattr(owner, name, value)
+    _State.saved, _State.mode = [], None
+
+
+@contextlib.contextmanager
+def cpu_runtime():
+    """`activate()` for the length of a with block."""
+    activate()
+    try:
+        yield
+    finally:
+        deactivate()
