@@ -1,0 +1,192 @@
+"""The objectives by name: their papers, parameters and flags.
+
+    from megatron_dft.losses import registry
+    from megatron_dft.losses.token_stats import TokenStats
+    registry.add_arguments(parser.add_argument_group("objective"))  # --loss, every --dft-* flag
+    objective = registry.resolve(args)          # or registry.get("dft-mix", alpha=0.5)
+    objective.needs                             # TokenStats fields that it cannot do without
+    loss, weight = objective(TokenStats(log_prob=-cross_entropy, mask=loss_mask))
+    (loss.sum() / number_of_supervised_tokens).backward()
+
+`loss` is per token, not reduced, and exactly 0 where the mask is 0. The normaliser is the number of
+supervised tokens, never Σ weight. `log_prob` has to be the plain fp32 per-token −CE.
+
+>>> import torch
+>>> from megatron_dft.losses.token_stats import TokenStats
+>>> log_prob = torch.tensor([-0.5, -2.0, float("nan")], requires_grad=True)
+>>> loss, weight = get("dft")(TokenStats(log_prob, mask=torch.tensor([1, 1, 0])))
+>>> weight
+tensor([0.6065, 0.1353, 0.0000])
+>>> loss.sum().backward(); log_prob.grad
+tensor([-0.6065, -0.1353,  0.0000])
+"""
+
+import argparse
+from typing import Any
+
+from megatron_dft.losses import objectives
+from megatron_dft.losses.weighting import Entry, Objective, Parameter
+
+
+def _row(function, source, *parameters, needs=(), per_conversation=False) -> Entry:
+    return Entry(function, source, parameters, frozenset(needs), per_conversation)
+
+
+_P = Parameter
+OBJECTIVES: dict[str, Entry] = {
+    "sft": _row(objectives.sft, "cross entropy"),
+    "dft": _row(objectives.dft, "arXiv 2508.05629"),
+    "dft-sequence": _row(objectives.dft_sequence, "2508.05629 table 5", per_conversation=True),
+    "dft-geometric": _row(objectives.dft_geometric, "2508.05629 table 5", per_conversation=True),
+    "dft-mix": _row(
+        objectives.dft_mix,
+        "github Lauorie/DFT",
+        _P("alpha", "--dft-mix-alpha", 0.5, "α in w = α·p + 1 − α", 0.0, 1.0),
+    ),
+    "dft-floor": _row(
+        objectives.dft_floor,
+        "github yongliang-wu/DFT, question 1",
+        _P("floor", "--dft-floor", 0.1, "least weight, w = max(p, floor)", 0.0, 1.0),
+    ),
+    "p-alpha": _row(
+        objectives.p_alpha,
+        "2510.00526",
+        _P("alpha", "--dft-p-alpha", 1.0, "α in (1 − p^α)/α; 0 is cross entropy", 0.0, 100.0),
+    ),
+    "nll-threshold": _row(
+        objectives.nll_threshold,
+        "2510.00526, 2601.09195",
+        _P("threshold", "--dft-threshold", 0.1, "tokens with p below it have no weight", 0.0, 1.0),
+    ),
+    "dcr": _row(
+        objectives.dcr,
+        "2604.14258",
+        _P("tau", "--dft-dcr-tau", 0.5, "w = p below this p, 1 from it on", 0.0, 1.0),
+    ),
+    "talr": _row(
+        objectives.talr,
+        "2509.20758",
+        _P("floor", "--dft-talr-floor", 0.01, "least weight", 0.0, 1.0),
+        _P(
+            "tau",
+            "--dft-talr-tau",
+            0.0,
+            "τ in p^(1/τ), nats; 0 takes the micro-batch's median cross entropy",
+            0.0,
+        ),
+    ),
+    "chord-phi": _row(objectives.chord_phi, "2508.11408"),
+    "iw-sft": _row(
+        objectives.iw_sft,
+        "2507.12856",
+        _P(
+            "level",
+            "--dft-iw-level",
+            "token",
+            "weigh each token or each conversation",
+            choices=("token", "sequence"),
+        ),
+        _P("low", "--dft-iw-min", 0.2, "least weight (the paper's sequence level: 0)", 0.0),
+        _P("high", "--dft-iw-max", 1.8, "largest weight (the paper's sequence level: 16)", 0.0),
+        _P(
+            "temperature",
+            "--dft-iw-temperature",
+            2.0,
+            "factor on the conversation's mean log ratio; sequence level only",
+            0.0,
+        ),
+        needs=("reference_log_prob",),
+    ),
+    "psft": _row(
+        objectives.psft,
+        "2508.17784",
+        _P("clip", "--dft-psft-clip", 0.28, "ε: no gradient where p/p_old > 1 + ε", 0.0),
+        needs=("reference_log_prob",),
+    ),
+    "asft": _row(
+        objectives.asft,
+        "2509.23753",
+        _P("kl_weight", "--dft-asft-lambda", 0.05, "λ of λ·KL(base ‖ model)", 0.0),
+        needs=("kl",),
+    ),
+    "eaft": _row(
+        objectives.eaft,
+        "2601.02151",
+        _P("exponent", "--dft-eaft-exponent", 1.0, "exponent on H_top20 / 3", 0.0),
+        needs=("entropy_top20",),
+    ),
+    "deft": _row(objectives.deft, "2602.11424", needs=("sum_sq_prob",)),
+}
+# iw-sft's paper gives each level its own clamp.
+_IW_SEQUENCE_CLAMP = {"low": 0.0, "high": 16.0}
+
+
+def get(name: str, **parameters: float | str) -> Objective:
+    """The objective of that name; parameters by keyword, defaults for the others.
+
+    Raises ValueError for an unknown name, parameter or value.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"--loss: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
+    entry = OBJECTIVES[name]
+    known = {p.name: p for p in entry.parameters}
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise ValueError(
+            f"--loss {name}: has the parameters {sorted(known) or 'none'}, got {unknown[0]!r}"
+        )
+    values = {key: p.checked(parameters.get(key, p.default)) for key, p in known.items()}
+    if values.get("level") == "sequence":
+        values.update({k: v for k, v in _IW_SEQUENCE_CLAMP.items() if k not in parameters})
+    elif "temperature" in parameters:
+        raise ValueError(
+            "--dft-iw-temperature: acts at the sequence level only; add --dft-iw-level sequence"
+        )
+    if "low" in values and float(values["low"]) > float(values["high"]):
+        raise ValueError(
+            f"--dft-iw-min: expected at most --dft-iw-max {values['high']}, got {values['low']}"
+        )
+    return Objective(name, entry, values)
+
+
+def add_arguments(group: Any, default: str = "dft") -> None:
+    """Add --loss and a flag for every parameter to an argparse parser or argument group."""
+    group.add_argument(
+        "--loss",
+        default=default,
+        choices=list(OBJECTIVES),
+        help="token objective: "
+        + "; ".join(f"{name} ({entry.source})" for name, entry in OBJECTIVES.items()),
+    )
+    for name, entry in OBJECTIVES.items():
+        for p in entry.parameters:
+            # Default None: resolve() can tell a flag that was given from one that was not.
+            group.add_argument(
+                p.flag,
+                default=None,
+                type=str if p.choices else float,
+                choices=p.choices or None,
+                help=f"{p.help} (--loss {name}, {entry.source}; default {p.default})",
+            )
+
+
+def resolve(args: argparse.Namespace) -> Objective:
+    """The objective that the parsed flags ask for.
+
+    Raises ValueError for a value out of range and for a flag of another objective, which would
+    otherwise be ignored in silence.
+    """
+    chosen = get(args.loss)
+    given: dict[str, float | str] = {}
+    for name, entry in OBJECTIVES.items():
+        for p in entry.parameters:
+            value = getattr(args, p.dest, None)
+            if value is None:
+                continue
+            if name != chosen.name:
+                raise ValueError(
+                    f"{p.flag}: belongs to --loss {name}, got --loss {chosen.name}; "
+                    f"remove it or choose --loss {name}"
+                )
+            given[p.name] = value
+    return get(chosen.name, **given)

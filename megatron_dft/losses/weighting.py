@@ -1,0 +1,131 @@
+"""How a row of the registry is applied: weights are found without autograd, then put on −log p."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dft.losses.token_stats import Terms, TokenLoss, TokenStats
+
+_CONSTANT_FIELDS = ("entropy", "entropy_top20", "sum_sq_prob", "reference_log_prob")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One number or word of an objective, and the flag that sets it.
+
+    `name` is the keyword of the objective's function; `low` and `high` are inclusive bounds.
+    """
+
+    name: str
+    flag: str
+    default: float | str
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    @property
+    def dest(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def checked(self, value: Any) -> float | str:
+        """The value, or ValueError naming the flag."""
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(
+                    f"{self.flag}: expected one of {', '.join(self.choices)}, got {value!r}"
+                )
+            return str(value)
+        number = float(value)
+        if not (math.isfinite(number) and self.low <= number <= self.high):
+            upper = "" if self.high == math.inf else f" and at most {self.high:g}"
+            raise ValueError(
+                f"{self.flag}: expected a number of at least {self.low:g}{upper}, got {value}; "
+                f"leave it out for the default {self.default:g}"
+            )
+        return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table: the function, its paper, its parameters and the statistics it needs."""
+
+    function: Callable[..., Terms]
+    source: str
+    parameters: tuple[Parameter, ...] = ()
+    needs: frozenset[str] = frozenset()
+    per_conversation: bool = False
+
+
+class _WeightedTokenLoss(torch.autograd.Function):
+    """Reads `value`; its gradient with respect to log_prob is −weight, exactly, also where log_prob
+    is −inf (an expression in log_prob would give inf · 0 there)."""
+
+    @staticmethod
+    def forward(ctx, log_prob: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (weight,) = ctx.saved_tensors
+        return -weight * grads[0], None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An entry with its parameters bound: call it with a `TokenStats` to get a `TokenLoss`."""
+
+    name: str
+    entry: Entry
+    values: Mapping[str, float | str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the optional TokenStats fields that it needs."""
+        return self.entry.needs
+
+    @property
+    def per_conversation(self) -> bool:
+        """Whether packed data has to come with segment_ids."""
+        return self.entry.per_conversation or self.values.get("level") == "sequence"
+
+    def terms(self, stats: TokenStats) -> Terms:
+        """Weight, value and extra term, 0 where not supervised; no gradient to log_prob."""
+        missing = [field for field in sorted(self.needs) if getattr(stats, field) is None]
+        if missing:
+            raise ValueError(
+                f"--loss {self.name}: needs {', '.join(missing)} of each token, got none; "
+                "give it in TokenStats"
+            )
+        supervised = stats.mask.to(torch.bool)
+
+        def only_supervised(x: Tensor) -> Tensor:
+            return torch.where(supervised, x, 0.0)
+
+        log_prob = only_supervised(stats.log_prob.detach())
+        constants: dict[str, Any] = {
+            field: only_supervised(getattr(stats, field).detach())
+            for field in _CONSTANT_FIELDS
+            if getattr(stats, field) is not None
+        }
+        kl = None if stats.kl is None else only_supervised(stats.kl)
+        clean = dataclasses.replace(stats, log_prob=log_prob, mask=supervised, kl=kl, **constants)
+        weight, value, extra = self.entry.function(clean, **self.values)
+        weight = only_supervised(weight)
+        if value is None:
+            # p = 0 has weight 0 and −log p = inf; the limit of p·log p is 0.
+            value = torch.where(weight == 0, 0.0, weight * -log_prob)
+        return Terms(weight, only_supervised(value), extra)
+
+    def __call__(self, stats: TokenStats) -> TokenLoss:
+        """Per-token loss and weight, both of log_prob's shape."""
+        weight, value, extra = self.terms(stats)
+        # Garbage at ignored positions must not come back in the backward as 0 · NaN.
+        log_prob = torch.where(stats.mask.to(torch.bool), stats.log_prob, 0.0)
+        loss = _WeightedTokenLoss.apply(log_prob, weight, value)
+        return TokenLoss(loss if extra is None else loss + extra, weight)
