@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -40,6 +41,11 @@ def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
         TORCHDYNAMO_DISABLE="1",
         **env,
     )
+    log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # The fork server's own streams may be buffered copies of a closed file.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     import torch
 
     torch.set_num_threads(1)
@@ -61,6 +67,8 @@ def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
     except Exception:
         payload = pickle.dumps(("error", (RuntimeError(repr(result)), "", time.monotonic())))
     out.write_bytes(payload)
+    sys.stdout.flush()
+    sys.stderr.flush()
     # No interpreter teardown: gloo's threads may still wait for a peer that has failed.
     os._exit(0)
 
@@ -70,6 +78,11 @@ def _outcome(path: Path, exitcode: int | None) -> Any:
         return pickle.loads(path.read_bytes())
     error = TimeoutError("rank still ran at the time-out, or died without a word")
     return "error", (error, f"exit code {exitcode}", float("inf"))
+
+
+def _tail(directory: str, rank: int, lines: int = 40) -> str:
+    text = (Path(directory) / f"rank{rank}.log").read_text(errors="replace").splitlines()
+    return "\nlast output:\n" + "\n".join(text[-lines:]) if text else ""
 
 
 def run_ranks(
@@ -85,7 +98,7 @@ def run_ranks(
 
     `fn` is a module-level function of an importable test module; it, its arguments and its results are
     pickled. With `init` the default gloo group is up; without it only RANK, WORLD_SIZE, MASTER_ADDR …
-    are set (Megatron's training loop brings up its own). The first rank's exception is raised here,
+    are set (Megatron's training loop brings up its own). What a rank prints is shown if it fails. The first rank's exception is raised here,
     its traceback in the message; a rank that is still running after `timeout` seconds fails the test.
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -119,6 +132,6 @@ def run_ranks(
         failed = [(v[2], r, v) for r, (kind, v) in outcomes.items() if kind == "error"]
         if failed:
             _, r, (error, text, _) = min(failed, key=lambda f: f[:2])
-            error.add_note(f"on rank {r} of {world_size}:\n{text}")
+            error.add_note(f"on rank {r} of {world_size}:\n{text}{_tail(directory, r)}")
             raise error
         return [outcomes[r][1] for r in range(world_size)]
