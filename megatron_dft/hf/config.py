@@ -1,0 +1,145 @@
+"""Hugging Face config.json -> Megatron's arguments, or a refusal that names what Megatron lacks.
+
+Keys are argparse destinations of Megatron 0.19 (`vars(parse_args())`), values what a user would have
+had to type. Reads `HFCheckpoint.settings`, where transformers has filled in its defaults.
+"""
+
+from typing import Any
+
+from megatron_dft.hf.families import TABLES
+from megatron_dft.hf.source import HFCheckpoint
+
+# Arguments about training, not about the architecture: an explicit flag of the user wins here, while
+# one that contradicts any other argument is an error.
+TRAINING_DEFAULTS = frozenset({"attention_dropout", "hidden_dropout", "max_position_embeddings"})
+
+# Megatron hard-codes these constants of llama3's rope scaling; only the factor is an argument.
+_LLAMA3_FIXED = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    """Megatron argument destination -> value for `checkpoint`; see `apply_to_model_config` as well.
+
+    Raises ValueError naming the architecture or the setting that Megatron 0.19 cannot represent.
+
+    >>> megatron_args(open_checkpoint("Qwen/Qwen2.5-0.5B"))["add_qkv_bias"]  # doctest: +SKIP
+    True
+    """
+    if checkpoint.architecture not in TABLES:
+        raise ValueError(
+            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not mapped; mapped are "
+            f"{', '.join(sorted(TABLES))}"
+        )
+    c = checkpoint.settings
+    _expect(checkpoint, "hidden_act", "silu", "Megatron's --swiglu uses it")
+    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+    arguments: dict[str, Any] = {
+        "num_layers": c["num_hidden_layers"],
+        "hidden_size": c["hidden_size"],
+        "ffn_hidden_size": c["intermediate_size"],
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": c.get("head_dim") or c["hidden_size"] // heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": c["rms_norm_eps"],
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": not c["tie_word_embeddings"],
+        "vocab_size": c["vocab_size"],
+        "max_position_embeddings": c["max_position_embeddings"],
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    arguments |= _rope(checkpoint)
+    arguments |= _window(checkpoint)
+    arguments |= _FAMILY[checkpoint.architecture](checkpoint)
+    return arguments
+
+
+def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
+    """Set on Megatron's GPTModelConfig what its `gpt_config_from_args` drops on the way.
+
+    0.19 reads `--use-rope-scaling` but not `--rope-scaling-factor`, so every Llama 3.x would get factor 8.
+    """
+    arguments = megatron_args(checkpoint)
+    if arguments.get("use_rope_scaling"):
+        model_config.rope_scaling_factor = arguments["rope_scaling_factor"]
+
+
+def _expect(checkpoint: HFCheckpoint, key: str, wanted: Any, why: str) -> None:
+    value = checkpoint.settings.get(key, wanted)
+    if value != wanted:
+        raise ValueError(
+            f"{checkpoint.path}/config.json: {key} {value!r} cannot be represented; only {wanted!r} can "
+            f"({why})"
+        )
+
+
+def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    rope = checkpoint.settings["rope_parameters"]
+    kind = rope.get("rope_type", "default")
+    arguments: dict[str, Any] = {
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+    }
+    if kind == "default":
+        return arguments
+    if kind == "linear":
+        return arguments | {"rotary_seq_len_interpolation_factor": rope["factor"]}
+    if kind == "llama3":
+        for key, fixed in _LLAMA3_FIXED.items():
+            if rope[key] != fixed:
+                raise ValueError(
+                    f"{checkpoint.path}/config.json: rope scaling 'llama3' with {key} {rope[key]}; "
+                    f"Megatron hard-codes {fixed}, and the logits would be wrong without a word"
+                )
+        return arguments | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise ValueError(
+        f"{checkpoint.path}/config.json: rope type {kind!r} cannot be represented; supported are "
+        "default, linear, llama3"
+    )
+
+
+def _window(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    """Sliding-window attention: transformers attends to the last `sliding_window` keys, own included."""
+    c = checkpoint.settings
+    window, kinds = c.get("sliding_window"), c.get("layer_types")
+    if window is None or window >= c["max_position_embeddings"]:
+        return {}
+    if kinds is not None and "sliding_attention" not in kinds:
+        return {}
+    arguments: dict[str, Any] = {"window_size": (window - 1, 0)}
+    if kinds is not None and "full_attention" in kinds:
+        arguments["window_attn_skip_freq"] = [int(k == "sliding_attention") for k in kinds]
+    return arguments
+
+
+def _llama(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    _expect(checkpoint, "attention_bias", False, "Megatron has no bias on q, k, v and o alone")
+    _expect(checkpoint, "mlp_bias", False, "Megatron has no bias on the MLP alone")
+    return {}
+
+
+def _qwen2(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    return {"add_qkv_bias": True}
+
+
+def _qwen3(checkpoint: HFCheckpoint) -> dict[str, Any]:
+    _expect(checkpoint, "attention_bias", False, "Megatron has no bias on q, k, v and o alone")
+    return {"qk_layernorm": True}
+
+
+_FAMILY = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _llama,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+}

@@ -1,0 +1,181 @@
+"""Read slices of safetensors files and write such files tensor by tensor.
+
+The `safetensors` package maps whole files (their pages count as this process's memory, and a file that
+shrinks underneath ends the process with SIGBUS) and writes a file only from a complete dict. Here a
+read is a `preadv` of the wanted bytes and a write is one tensor at its offset, so neither direction
+ever holds more than one tensor. Format: 8 bytes little-endian header length, a JSON header, the data.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_BLOCK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `file`, its `shape` (global), `dtype`, and the byte `offset` of its data."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file by name; reads the header alone.
+
+    Raises ValueError when the header is not JSON, a dtype is unknown, a tensor's byte range does not fit
+    its shape, or the file is shorter or longer than its header says (a truncated download).
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        prefix = f.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            tensors = {}
+            end = 0
+            for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+                begin, stop = entry["data_offsets"]
+                info = TensorInfo(
+                    file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin
+                )
+                if begin < 0 or any(n < 0 for n in info.shape) or stop - begin != info.nbytes:
+                    raise ValueError(f"tensor {name!r}: byte range and shape disagree")
+                end = max(end, stop)
+                tensors[name] = info
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: malformed safetensors header: {error}") from None
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{file}: {size} bytes, but its header describes {8 + length + end} (truncated or "
+            "corrupt); fetch it again"
+        )
+    return tensors
+
+
+def _pread(fd: int, buffer: torch.Tensor, offset: int, file: Path) -> None:
+    """Fill the contiguous CPU tensor `buffer` with the bytes at `offset`."""
+    view = memoryview(buffer.reshape(-1).view(torch.uint8).numpy())
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise ValueError(f"{file}: ends before byte {offset}; it shrank while being read")
+        view, offset = view[count:], offset + count
+
+
+class Reader:
+    """Copies regions of tensors into tensors in memory; keeps each file open once."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _fd(self, file: Path) -> int:
+        if file not in self._fds:
+            self._fds[file] = os.open(file, os.O_RDONLY)
+        return self._fds[file]
+
+    def blocks(self, info: TensorInfo, start: int, stop: int) -> Iterable[tuple[int, torch.Tensor]]:
+        """Rows `start:stop` (along axis 0) in blocks of at most 32 MiB: (first row, rows)."""
+        row_shape = info.shape[1:]
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+        for first in range(start, stop, step):
+            rows = torch.empty((min(step, stop - first), *row_shape), dtype=info.dtype)
+            _pread(self._fd(info.file), rows, info.offset + first * row_bytes, info.file)
+            yield first, rows
+
+
+class Writer:
+    """Writes one safetensors file; every tensor's name, shape and dtype are known in advance."""
+
+    def __init__(self, file: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            nbytes = dtype.itemsize
+            for n in shape:
+                nbytes *= n
+            header[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [end, end + nbytes],
+            }
+            self._offsets[name] = (end, nbytes)
+            end += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts 8-byte aligned, as the format asks
+        self.file = file
+        self._base = 8 + len(text)
+        self._missing = set(self._offsets)
+        self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(self._fd, len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the tensor (CPU, contiguous, of the announced dtype and size) at its place."""
+        offset, nbytes = self._offsets[name]
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        if len(view) != nbytes:
+            raise ValueError(f"{name}: {len(view)} bytes to write where {nbytes} were announced")
+        self._missing.remove(name)
+        offset += self._base
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Flush to the disk; raises ValueError when an announced tensor was never written."""
+        if self._missing:
+            raise ValueError(f"{self.file.name}: never written: {sorted(self._missing)[:3]}")
+        os.fsync(self._fd)
+        os.close(self._fd)
+
+    def abandon(self) -> None:
+        os.close(self._fd)
