@@ -1,4 +1,4 @@
-"""Fail on all ranks together: a rank that raises alone leaves the others waiting in a collective."""
+"""Fail on all ranks together: a rank that raises alone leaves the others in a collective."""
 
 from typing import Any
 

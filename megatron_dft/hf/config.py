@@ -1,7 +1,7 @@
 """Hugging Face config.json -> Megatron's arguments, or a refusal that names what Megatron lacks.
 
-Keys are argparse destinations of Megatron 0.19 (`vars(parse_args())`), values what a user would have
-had to type. Reads `HFCheckpoint.settings`, where transformers has filled in its defaults.
+Keys are argparse destinations of Megatron 0.19 (`vars(parse_args())`), values what a user would
+have had to type. Reads `HFCheckpoint.settings`, where transformers has filled in its defaults.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 from megatron_dft.hf.families import TABLES
 from megatron_dft.hf.source import HFCheckpoint
 
-# Arguments about training, not about the architecture: an explicit flag of the user wins here, while
-# one that contradicts any other argument is an error.
+# Arguments about training, not about the architecture: an explicit flag of the user wins here,
+# while one that contradicts any other argument is an error.
 TRAINING_DEFAULTS = frozenset({"attention_dropout", "hidden_dropout", "max_position_embeddings"})
 
 # Megatron hard-codes these constants of llama3's rope scaling; only the factor is an argument.
@@ -31,7 +31,8 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """
     if checkpoint.architecture not in TABLES:
         raise ValueError(
-            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not mapped; mapped are "
+            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not mapped; mapped "
+            "are "
             f"{', '.join(sorted(TABLES))}"
         )
     c = checkpoint.settings
@@ -67,7 +68,8 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
 def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
     """Set on Megatron's GPTModelConfig what its `gpt_config_from_args` drops on the way.
 
-    0.19 reads `--use-rope-scaling` but not `--rope-scaling-factor`, so every Llama 3.x would get factor 8.
+    0.19 reads `--use-rope-scaling` but not `--rope-scaling-factor`, so every Llama 3.x would get
+    factor 8.
     """
     arguments = megatron_args(checkpoint)
     if arguments.get("use_rope_scaling"):
@@ -78,7 +80,8 @@ def _expect(checkpoint: HFCheckpoint, key: str, wanted: Any, why: str) -> None:
     value = checkpoint.settings.get(key, wanted)
     if value != wanted:
         raise ValueError(
-            f"{checkpoint.path}/config.json: {key} {value!r} cannot be represented; only {wanted!r} can "
+            f"{checkpoint.path}/config.json: {key} {value!r} cannot be represented; only "
+            f"{wanted!r} can "
             f"({why})"
         )
 
@@ -109,7 +112,7 @@ def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
 
 
 def _window(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    """Sliding-window attention: transformers attends to the last `sliding_window` keys, own included."""
+    """Sliding window: in transformers a token sees `sliding_window` keys, its own included."""
     c = checkpoint.settings
     window, kinds = c.get("sliding_window"), c.get("layer_types")
     if window is None or window >= c["max_position_embeddings"]:

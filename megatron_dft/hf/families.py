@@ -6,13 +6,13 @@ Keys are Megatron parameter names in one spelling for the TE, the local and the 
 
 from megatron_dft.hf.pieces import (
     Rule,
-    column_parallel,
     gated,
     qkv,
     replicated,
     row_parallel,
     vocabulary,
 )
+from megatron_dft.hf.source import HFCheckpoint
 
 Table = dict[str, Rule]
 
@@ -51,7 +51,14 @@ TABLES: dict[str, Table] = {
 }
 
 # Buffers that old checkpoints carry and every implementation recomputes from config.json.
-RECOMPUTED = (".rotary_emb.inv_freq",)
+_RECOMPUTED = (".rotary_emb.inv_freq",)
+TIED_COPY = "lm_head.weight"  # present or not where the output layer is tied to the embedding
+
+
+def optional_tensors(checkpoint: HFCheckpoint) -> set[str]:
+    """Names in `checkpoint` that no parameter is made of, rightly; an export leaves them out."""
+    names = {n for n in checkpoint.tensors if n.endswith(_RECOMPUTED)}
+    return names | ({TIED_COPY} if checkpoint.settings["tie_word_embeddings"] else set())
 
 
 def table_for(architecture: str, tied: bool) -> Table:

@@ -17,9 +17,9 @@ def check_layout(
 ) -> None:
     """Raise one ValueError naming the flag, the size that does not divide, and layouts that do.
 
-    Sizes are numbers of ranks; `virtual_pipeline` is the number of chunks a rank holds, and the stage
-    layers are --decoder-first/last-pipeline-num-layers. Vocabularies of any size divide: Megatron pads
-    them, and `padding.mask_padded_vocab` takes the padding out again.
+    Sizes are numbers of ranks; `virtual_pipeline` is the number of chunks a rank holds, and the
+    stage layers are --decoder-first/last-pipeline-num-layers. Vocabularies of any size divide:
+    Megatron pads them, and `padding.mask_padded_vocab` takes the padding out again.
     """
     a = megatron_args(checkpoint)
     tp = tensor_parallel
@@ -27,7 +27,8 @@ def check_layout(
     groups = a["num_query_groups"]
     if groups % tp and tp % groups:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp}: the model has {groups} key-value heads, which neither "
+            f"--tensor-model-parallel-size {tp}: the model has {groups} key-value heads, which "
+            "neither "
             f"divide among {tp} ranks nor divide it; use {_choices(groups)}"
         )
     _divides("--tensor-model-parallel-size", tp, "MLP hidden units", a["ffn_hidden_size"])
@@ -54,7 +55,8 @@ def _choices(size: int) -> str:
 def _divides(flag: str, ranks: int, what: str, size: int) -> None:
     if size % ranks:
         raise ValueError(
-            f"{flag} {ranks}: the model has {size} {what}, which do not divide among {ranks} ranks; use "
+            f"{flag} {ranks}: the model has {size} {what}, which do not divide among {ranks} "
+            "ranks; use "
             f"one of {_choices(size)}"
         )
 
@@ -72,8 +74,10 @@ def _check_layers(
             rest, middle = rest - count, middle - 1
     if rest < 0 or (middle == 0 and rest != 0) or (middle > 0 and rest % middle):
         raise ValueError(
-            f"--pipeline-model-parallel-size {stages}{said}: {rest} of the model's {layers} layers are "
-            f"left for {middle} stages and do not divide; use one of {_choices(layers)} stages, or set "
+            f"--pipeline-model-parallel-size {stages}{said}: {rest} of the model's {layers} "
+            "layers are "
+            f"left for {middle} stages and do not divide; use one of {_choices(layers)} stages, "
+            "or set "
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers to fit"
         )
     if virtual is None:
@@ -82,6 +86,7 @@ def _check_layers(
     parts |= {n for n in (first, last) if n is not None}
     if any(n % virtual for n in parts):
         raise ValueError(
-            f"virtual pipeline of {virtual} chunks a stage: stages of {sorted(parts)} layers do not "
+            f"virtual pipeline of {virtual} chunks a stage: stages of {sorted(parts)} layers do "
+            "not "
             f"divide; use a number of chunks that divides each"
         )

@@ -1,4 +1,4 @@
-"""Fill the shards of a Megatron model from a Hugging Face checkpoint, each rank reading only its own."""
+"""Fill a Megatron model's shards from a Hugging Face checkpoint, each rank reading only its own."""
 
 from collections import Counter
 
@@ -6,13 +6,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_dft.hf.collective import gather, raise_together
-from megatron_dft.hf.families import RECOMPUTED
+from megatron_dft.hf.families import TIED_COPY, optional_tensors
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.safetensors_io import Reader, TensorInfo
 from megatron_dft.hf.source import HFCheckpoint
-
-_TIED = "lm_head.weight"
 
 
 def load_hf_weights(
@@ -20,14 +18,14 @@ def load_hf_weights(
 ) -> list[torch.nn.Module]:
     """Collective. Copy `checkpoint` into the model chunks of this rank, in place, and return them.
 
-    models: this rank's GPTModel chunks (several under virtual pipelining), bare or wrapped in Megatron's
-    Float16Module and DDP; on CPU or GPU; the dtype of each parameter is kept. As a Megatron pre-wrap
-    hook: `functools.partial(load_hf_weights, checkpoint=checkpoint)`.
+    models: this rank's GPTModel chunks (several under virtual pipelining), bare or wrapped in
+    Megatron's Float16Module and DDP; on CPU or GPU; the dtype of each parameter is kept. As a
+    Megatron pre-wrap hook: `functools.partial(load_hf_weights, checkpoint=checkpoint)`.
 
     A rank reads the bytes of its own shards and never holds more than 32 MiB beyond them. Padded
-    vocabulary rows become zero. Over all ranks each tensor of the checkpoint is consumed exactly once.
-    Raises one ValueError on all ranks naming the tensor that is missing, extra, of the wrong shape, or
-    holds a NaN.
+    vocabulary rows become zero. Over all ranks each tensor of the checkpoint is consumed exactly
+    once. Raises one ValueError on all ranks naming the tensor that is missing, extra, of the wrong
+    shape, or holds a NaN.
     """
     error: Exception | None = None
     consumed: Counter[str] = Counter()
@@ -48,7 +46,8 @@ def load_hf_weights(
 def _info(shard: Shard, name: str, checkpoint: HFCheckpoint) -> TensorInfo:
     if name not in checkpoint.tensors:
         raise ValueError(
-            f"{checkpoint.path}: tensor {name!r} is missing; {checkpoint.architecture} needs it for "
+            f"{checkpoint.path}: tensor {name!r} is missing; {checkpoint.architecture} needs it "
+            "for "
             f"{shard.name}"
         )
     return checkpoint.tensors[name]
@@ -58,13 +57,15 @@ def _fill(shard: Shard, checkpoint: HFCheckpoint, reader: Reader) -> None:
     target = shard.parameter.data
     if target.is_meta:
         raise ValueError(
-            "--init-model-with-meta-device leaves no memory to load --hf-model into; remove that flag"
+            "--init-model-with-meta-device leaves no memory to load --hf-model into; remove that "
+            "flag"
         )
     for name, expected in shard.hf_shapes().items():
         shape = _info(shard, name, checkpoint).shape
         if shape != expected:
             raise ValueError(
-                f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}, but config.json and the "
+                f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}, but config.json and "
+                "the "
                 f"model flags imply {list(expected)}"
             )
     for piece in shard.pieces(shard.group.rank()):
@@ -98,11 +99,11 @@ def _count(shard: Shard, checkpoint: HFCheckpoint, consumed: Counter[str]) -> No
 
 def _check_tied_copy(checkpoint: HFCheckpoint, reader: Reader) -> None:
     """A tied checkpoint may repeat the embedding as lm_head.weight, which must then be the same."""
-    if not checkpoint.settings["tie_word_embeddings"] or _TIED not in checkpoint.tensors:
+    if not checkpoint.settings["tie_word_embeddings"] or TIED_COPY not in checkpoint.tensors:
         return
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    head, embedding = checkpoint.tensors[_TIED], checkpoint.tensors["model.embed_tokens.weight"]
+    head, embedding = checkpoint.tensors[TIED_COPY], checkpoint.tensors["model.embed_tokens.weight"]
     same = head.shape == embedding.shape and all(
         torch.equal(a, b)
         for (_, a), (_, b) in zip(
@@ -114,8 +115,9 @@ def _check_tied_copy(checkpoint: HFCheckpoint, reader: Reader) -> None:
     if not same:
         raise ValueError(
             f"{checkpoint.path}: config.json ties the output layer to the embedding "
-            f"(tie_word_embeddings), but {_TIED} differs from it; set tie_word_embeddings to false if "
-            f"the output layer is meant, or remove {_TIED}"
+            f"(tie_word_embeddings), but {TIED_COPY} differs from it; set tie_word_embeddings to "
+            "false if "
+            f"the output layer is meant, or remove {TIED_COPY}"
         )
 
 
@@ -123,17 +125,18 @@ def _check_all_consumed(checkpoint: HFCheckpoint, consumed: Counter[str]) -> Non
     total: Counter[str] = Counter()
     for part in gather(consumed):
         total.update(part)
-    optional = {_TIED} if checkpoint.settings["tie_word_embeddings"] else set()
+    optional = optional_tensors(checkpoint)
     extra = [
         name
         for name, info in checkpoint.tensors.items()
-        if total[name] != info.numel and name not in optional and not name.endswith(RECOMPUTED)
+        if total[name] != info.numel and name not in optional
     ]
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         name = extra[0]
         raise ValueError(
             f"{checkpoint.path}: tensor {name!r}{more} fits nowhere in the Megatron model "
-            f"({total[name]} of {checkpoint.tensors[name].numel} elements used); the architecture is "
+            f"({total[name]} of {checkpoint.tensors[name].numel} elements used); the architecture "
+            "is "
             f"not the plain {checkpoint.architecture}, or a model flag contradicts config.json"
         )

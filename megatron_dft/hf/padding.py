@@ -1,8 +1,8 @@
 """Give padded vocabulary rows no probability.
 
 Megatron rounds the vocabulary up so that it divides among the tensor-parallel ranks and leaves the
-logits of the added rows in the softmax: zero rows have logit 0, take probability from real tokens, and
-make the target probability that DFT weighs with too small.
+logits of the added rows in the softmax: zero rows have logit 0, take probability from real tokens,
+and make the target probability that DFT weighs with too small.
 """
 
 import torch
@@ -37,9 +37,10 @@ class _MaskColumns(torch.autograd.Function):
 def mask_padded_vocab(model: torch.nn.Module, vocab_size: int) -> None:
     """Install a forward hook on `model.output_layer` that sets the logits of padded rows to −inf.
 
-    model: a GPTModel (bare or wrapped); chunks without an output layer are left alone. vocab_size: the
-    true size, config.json's `vocab_size`. Logits [s, b, V/tp] per rank (or [s, b, V] when gathered) are
-    changed in place; their gradient in the padded columns is zero. Nothing happens without padding.
+    model: a GPTModel (bare or wrapped); chunks without an output layer are left alone. vocab_size:
+    the true size, config.json's `vocab_size`. Logits [s, b, V/tp] per rank (or [s, b, V] when
+    gathered) are changed in place; their gradient in the padded columns is zero. Nothing happens
+    without padding.
     """
     while hasattr(model, "module"):
         model = model.module

@@ -1,7 +1,7 @@
 """Walk the parameters of the model chunks that this rank holds and say which pieces make each one.
 
-The one place that knows Megatron's module tree and its process groups; load and export share it, and
-a move from GPTModel to another model class would change nothing else.
+The one place that knows Megatron's module tree and its process groups; load and export share it,
+and a move from GPTModel to another model class would change nothing else.
 """
 
 import re
@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_dft.hf.families import Table, table_for
+from megatron_dft.hf.families import table_for
 from megatron_dft.hf.pieces import PADDING, Dimensions, Piece, Rule, Segment, segments, window
 from megatron_dft.hf.source import HFCheckpoint
 
-# Layer norms that a TE layer fuses into the linear after it, under the name that the local spec uses.
+# Layer norms that a TE layer fuses into the linear after it, under the name that the local spec
+# uses.
 _FUSED_NORM = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -90,8 +91,10 @@ def shards(models: list[torch.nn.Module], checkpoint: HFCheckpoint) -> Iterator[
             key, layer = _key(model, name)
             if key not in table:
                 raise ValueError(
-                    f"Megatron built the parameter {name!r}, for which {checkpoint.architecture} has "
-                    "no tensor; a model flag adds it: remove the flag that config.json does not ask for"
+                    f"Megatron built the parameter {name!r}, for which {checkpoint.architecture} "
+                    "has "
+                    "no tensor; a model flag adds it: remove the flag that config.json does not "
+                    "ask for"
                 )
             yield _shard(key, layer, parameter, table[key], tp, owner, dims)
 

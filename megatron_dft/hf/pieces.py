@@ -1,9 +1,9 @@
 """How a Megatron parameter is put together from Hugging Face tensors, for any tensor-parallel size.
 
-A rule of a family's table says which Hugging Face tensors make one Megatron parameter and how. From it
-follow segments: the whole (unsharded) parameter as runs of rows of those tensors, in Megatron's order;
-a rank's shard is a window of that list. Import copies the runs in, export copies the same runs back:
-one description serves both directions, so a round trip cannot disagree with itself.
+A rule of a family's table says which Hugging Face tensors make one Megatron parameter and how. From
+it follow segments: the whole (unsharded) parameter as runs of rows of those tensors, in Megatron's
+order; a rank's shard is a window of that list. Import copies the runs in, export copies the same
+runs back: one description serves both directions, so a round trip cannot disagree with itself.
 """
 
 from collections.abc import Callable
@@ -135,7 +135,8 @@ def segments(
     covered = sum(s.length for s in runs)
     if covered != size:
         raise ValueError(
-            f"{', '.join(names)}: config.json implies {covered} rows, Megatron built {size}; a model "
+            f"{', '.join(names)}: config.json implies {covered} rows, Megatron built {size}; a "
+            "model "
             "flag contradicts config.json: remove it"
         )
     return runs

@@ -1,9 +1,10 @@
 """Read slices of safetensors files and write such files tensor by tensor.
 
-The `safetensors` package maps whole files (their pages count as this process's memory, and a file that
-shrinks underneath ends the process with SIGBUS) and writes a file only from a complete dict. Here a
-read is a `preadv` of the wanted bytes and a write is one tensor at its offset, so neither direction
-ever holds more than one tensor. Format: 8 bytes little-endian header length, a JSON header, the data.
+The `safetensors` package maps whole files (their pages count as this process's memory, and a file
+that shrinks underneath ends the process with SIGBUS) and writes a file only from a complete dict.
+Here a read is a `preadv` of the wanted bytes and a write is one tensor at its offset, so neither
+direction ever holds more than one tensor. Format: 8 bytes little-endian header length, a JSON
+header, the data.
 """
 
 import json
@@ -35,7 +36,7 @@ _BLOCK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `file`, its `shape` (global), `dtype`, and the byte `offset` of its data."""
+    """Where one tensor lies: `file`, global `shape`, `dtype`, byte `offset` of its data."""
 
     file: Path
     shape: tuple[int, ...]
@@ -57,8 +58,8 @@ class TensorInfo:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file by name; reads the header alone.
 
-    Raises ValueError when the header is not JSON, a dtype is unknown, a tensor's byte range does not fit
-    its shape, or the file is shorter or longer than its header says (a truncated download).
+    Raises ValueError when the header is not JSON, a dtype is unknown, a tensor's byte range does
+    not fit its shape, or the file is shorter or longer than its header says (a truncated download).
     """
     size = file.stat().st_size
     with open(file, "rb") as f:

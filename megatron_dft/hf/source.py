@@ -40,7 +40,7 @@ class HFCheckpoint:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """config.json with every default that transformers supplies, rope in its current spelling."""
+        """config.json with all defaults of transformers, rope in its current spelling."""
         return _resolve(self.path, self.config)
 
 
@@ -80,7 +80,8 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"--hf-model {name!r} is neither a directory nor a model that the hub gives "
-            f"(revision {revision or 'main'}): {type(error).__name__}: {reason}. Give a directory with "
+            f"(revision {revision or 'main'}): {type(error).__name__}: {reason}. Give a directory "
+            "with "
             "config.json and *.safetensors, or download it first (hf download NAME)"
         ) from None
     return path, path.name  # the cache names a snapshot's directory after the commit
@@ -91,7 +92,8 @@ def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
         raise ValueError(f"{path}/config.json: expected a JSON object")
     if "auto_map" in config and not trust_remote_code:
         raise ValueError(
-            f"{path}/config.json asks to run Python code of its own (auto_map); nothing of it was run. "
+            f"{path}/config.json asks to run Python code of its own (auto_map); nothing of it was "
+            "run. "
             "Read that code and pass --trust-remote-code if you trust it"
         )
     architectures = config.get("architectures")
@@ -156,7 +158,8 @@ def open_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> HFCheckpoint:
-    """Open a Hugging Face checkpoint: a directory, or a hub name at `revision` (branch, tag, commit).
+    """Open a Hugging Face checkpoint: a directory, or a hub name at `revision` (branch, tag,
+    commit).
 
     HF_HUB_OFFLINE and HF_HOME mean what they mean to huggingface_hub. Raises ValueError in one line
     when it is not found, config.json is malformed or asks for remote code, the weights are pickled,

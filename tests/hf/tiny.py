@@ -1,4 +1,5 @@
-"""Tiny random Hugging Face models with a tokenizer and a chat template, written by transformers itself.
+"""Tiny random Hugging Face models with a tokenizer and a chat template, written by transformers
+itself.
 
 Used by the tests of every area. The tokenizer knows the 256 bytes and three special tokens (259 in
 all), so every text is encodable and no file has to be fetched.
@@ -56,7 +57,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level `PreTrainedTokenizerFast`: ids 0–255 are bytes, then pad, start and end (eos)."""
+    """A byte-level `PreTrainedTokenizerFast`: ids 0–255 are bytes, then pad, start, end (eos)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,147 @@
+"""Write a Hugging Face model directory so that a killed process leaves nothing that looks whole.
+
+Everything goes into a hidden directory beside the target; config.json and the weight index come
+last; then files and directory are flushed and the directory is renamed into place.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_dft.hf.safetensors_io import TensorInfo, read_header
+from megatron_dft.hf.source import HFCheckpoint
+
+INDEX = "model.safetensors.index.json"
+
+# Files of the base model that go with any weights derived from it.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def staging_path(out_dir: Path) -> Path:
+    return out_dir.parent / f".{out_dir.name}.incomplete"
+
+
+def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
+    """Make the staging directory, removing what a killed export left there; returns its path.
+
+    Raises ValueError when `out_dir` exists with something in it and `overwrite` is off, when it is
+    a file, or when it is the base checkpoint itself.
+    """
+    if out_dir.exists():
+        if not out_dir.is_dir():
+            raise ValueError(f"--save-hf {out_dir}: is a file; name a directory")
+        if out_dir.resolve() == checkpoint.path.resolve():
+            raise ValueError(f"--save-hf {out_dir}: is the base model; name another directory")
+        if any(out_dir.iterdir()) and not overwrite:
+            raise ValueError(
+                f"--save-hf {out_dir}: exists and is not empty; name another directory or pass "
+                "--overwrite"
+            )
+    staging = staging_path(out_dir)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def finish(
+    checkpoint: HFCheckpoint,
+    staging: Path,
+    out_dir: Path,
+    files: list[str],
+    *,
+    dtype: torch.dtype | None,
+    card: str | None,
+) -> None:
+    """Check the weight files, add everything else, flush, rename `staging` to `out_dir`.
+
+    files: names of the safetensors files in `staging`, closed and flushed. Raises ValueError when
+    they do not hold every tensor of the base checkpoint in its shape.
+    """
+    written: dict[str, TensorInfo] = {}
+    for file in files:
+        written.update(read_header(staging / file))
+    _compare(checkpoint, written)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in written.values())},
+            "weight_map": {n: t.file.name for n, t in sorted(written.items())},
+        }
+        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for pattern in _COMPANIONS:
+        for source in checkpoint.path.glob(pattern):
+            if source.is_file():
+                shutil.copyfile(source, staging / source.name)
+    if (checkpoint.path / "chat_templates").is_dir():
+        shutil.copytree(checkpoint.path / "chat_templates", staging / "chat_templates")
+    if card is not None:
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    _write_config(checkpoint, staging, dtype)
+    for path in [*(p for p in staging.rglob("*") if p.suffix != ".safetensors"), staging]:
+        _flush(path)
+    _replace(staging, out_dir)
+
+
+def _compare(checkpoint: HFCheckpoint, written: dict[str, TensorInfo]) -> None:
+    from megatron_dft.hf.families import optional_tensors
+
+    optional = optional_tensors(checkpoint)
+    for name, info in checkpoint.tensors.items():
+        if name not in written:
+            if name not in optional:
+                raise ValueError(f"export: tensor {name!r} was not written")
+        elif written[name].shape != info.shape:
+            raise ValueError(
+                f"export: tensor {name!r} was written as {list(written[name].shape)}, the base "
+                "model "
+                f"has {list(info.shape)}"
+            )
+
+
+def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        shutil.copyfile(checkpoint.path / "config.json", staging / "config.json")
+        return
+    config = dict(checkpoint.config)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix(
+        "torch."
+    )
+    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _replace(staging: Path, out_dir: Path) -> None:
+    old = out_dir.parent / f".{out_dir.name}.replaced"
+    if old.exists():
+        shutil.rmtree(old)
+    if out_dir.exists():
+        os.rename(out_dir, old)
+    os.rename(staging, out_dir)
+    _flush(out_dir.parent)
+    if old.exists():
+        shutil.rmtree(old)
