@@ -1,0 +1,63 @@
+"""Conversations longer than a row: refused, dropped, or cut behind a whole assistant turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_dft.data.chat_mask import SUPERVISED
+from megatron_dft.data.store import TokenStore
+
+OVERLONG = ("refuse", "drop", "truncate")
+
+
+def fit_conversations(
+    stores: Sequence[TokenStore], seq_length: int, overlong: str
+) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:
+    """Which conversations of each store are used, and how many of their tokens.
+
+    A conversation of n tokens takes n - 1 positions (its last token is a label only).
+
+    Returns for each store int64 indices and int64 token counts, and over all the counts
+    "overlong_dropped", "overlong_truncated" and "overlong_tokens_cut". Raises ValueError for
+    "refuse" where one does not fit, and where none is left.
+    """
+    kept, ends = [], []
+    counts = {"overlong_dropped": 0, "overlong_truncated": 0, "overlong_tokens_cut": 0}
+    for store in stores:
+        lengths = store.lengths()
+        too_long = np.flatnonzero(lengths - 1 > seq_length)
+        if len(too_long) and overlong == "refuse":
+            worst = int(too_long[0])
+            raise ValueError(
+                f"{len(too_long)} of {len(store)} conversations are longer than --seq-length "
+                f"{seq_length}; the first, {store.where(worst)}, takes {lengths[worst] - 1}; "
+                "raise --seq-length, or choose --overlong drop or --overlong truncate"
+            )
+        end = lengths.copy()
+        if overlong == "truncate":
+            for index in too_long:
+                end[index] = last_whole_turn(store.flagged(int(index)), seq_length)
+        else:
+            end[too_long] = 0
+        use = np.flatnonzero(end)
+        counts["overlong_dropped"] += len(store) - len(use)
+        counts["overlong_truncated"] += int((end[use] < lengths[use]).sum())
+        counts["overlong_tokens_cut"] += int((lengths - end).sum())
+        kept.append(use)
+        ends.append(end[use])
+    if not sum(map(len, kept)):
+        raise ValueError(
+            f"no conversation fits --seq-length {seq_length}; raise it, or choose "
+            "--overlong truncate"
+        )
+    return kept, ends, counts
+
+
+def last_whole_turn(flagged: np.ndarray, seq_length: int) -> int:
+    """Tokens up to the end of the last assistant turn that ends within a row; 0 where none does."""
+    # Behind the last token that fits as a label, positions 0 … seq_length of the conversation.
+    supervised = (flagged[: seq_length + 2] & SUPERVISED) != 0
+    ends = np.flatnonzero(supervised[:-1] & ~supervised[1:]) + 1
+    return int(ends[-1]) if len(ends) and ends[-1] >= 2 else 0

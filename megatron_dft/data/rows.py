@@ -1,0 +1,70 @@
+"""Conversations to the arrays of one training row, with or without packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED
+
+# The label of positions that do not train: Megatron's and torch's cross entropies ignore it.
+IGNORE_INDEX = -100
+
+
+def build_row(
+    conversations: Sequence[np.ndarray],
+    *,
+    seq_length: int,
+    pad_id: int,
+    pad_multiple: int = 1,
+    max_segments: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """One sample of a Megatron batch.
+
+    A conversation of n flagged tokens takes n - 1 positions: its last token is a label only. So no
+    label ever lies across two conversations.
+
+    Args:
+        conversations: uint32 [n] each, SUPERVISED in bit 31; none at all gives a row of padding.
+        pad_multiple: each conversation begins at a multiple of it (2·CP with context parallelism).
+        max_segments: None for a row without packing metadata. Otherwise the fixed count of
+            segments, so that rows stack: cu_seqlens has max_segments + 1 entries.
+
+    Returns int64 [S] tokens, labels (already shifted; IGNORE_INDEX where nothing trains) and
+    position_ids (from 0 in each conversation), float32 [S] loss_mask, and with packing int32
+    cu_seqlens (ends with copies of S, as Megatron strips them), int32 scalar max_seqlen, and
+    cu_seqlens_padded (the same values) where pad_multiple > 1. Conversations are padded inside
+    their own segment; the rest of the row is one more segment.
+    """
+    tokens = np.full(seq_length, pad_id, dtype=np.int64)
+    labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros(seq_length, dtype=np.int64)
+    borders, at = [0], 0
+    for flagged in conversations:
+        count = len(flagged) - 1
+        ids = (flagged & ID_MASK).astype(np.int64)
+        tokens[at : at + count] = ids[:-1]
+        trained = (flagged[1:] & SUPERVISED) != 0
+        labels[at : at + count][trained] = ids[1:][trained]
+        end = at + -(-count // pad_multiple) * pad_multiple
+        positions[at:end] = np.arange(end - at)
+        borders.append(end)
+        at = end
+    if at < seq_length:
+        positions[at:] = np.arange(seq_length - at)
+        borders.append(seq_length)
+    row = {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "loss_mask": torch.from_numpy((labels != IGNORE_INDEX).astype(np.float32)),
+        "position_ids": torch.from_numpy(positions),
+    }
+    if max_segments is not None:
+        padded = borders + [seq_length] * (max_segments + 1 - len(borders))
+        row["cu_seqlens"] = torch.tensor(padded, dtype=torch.int32)
+        row["max_seqlen"] = torch.tensor(int(np.diff(borders).max()), dtype=torch.int32)
+        if pad_multiple > 1:
+            row["cu_seqlens_padded"] = row["cu_seqlens"].clone()
+    return row
