@@ -39,12 +39,14 @@ def add_arguments(group: Any) -> None:
         default=None,
         help="layout of the rows; recognised by their columns where it is not given",
     )
-    add(
-        "--chat-template",
-        metavar="FILE",
-        default=None,
-        help="Jinja file that replaces the tokenizer's own chat template",
-    )
+    # Megatron's own parser has this flag already, with the same meaning here.
+    if "--chat-template" not in group._option_string_actions:
+        add(
+            "--chat-template",
+            metavar="FILE",
+            default=None,
+            help="Jinja file that replaces the tokenizer's own chat template",
+        )
     add(
         "--chat-template-args",
         metavar="JSON",
