@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from megatron_dft.data.order import EpochOrder
-from megatron_dft.data.overlong import OVERLONG, fit_conversations
+from megatron_dft.data.overlong import OVERLONG, Conversations
 from megatron_dft.data.prepare import PrepareOptions, prepare
+from megatron_dft.data.row_plan import RowPlan
 from megatron_dft.data.rows import build_row
 from megatron_dft.data.sources import parse_sources
-from megatron_dft.data.store import TokenStore
 from megatron_dft.data.tokenizer import encoder_spec, pad_token_id
 
 
@@ -26,66 +26,44 @@ class ChatDataset(Dataset):
     over data-parallel ranks, so every layout and every resume sees the same rows in the same steps.
 
     Attributes:
-        rows_per_pass: with shuffle=False, the rows of one pass over the data, filled up to
-            `batch_multiple` with rows whose loss_mask is all zero.
-        counts: what was left out or cut, by reason.
+        plan: which conversations share a row.
+        counts: conversations and tokens that were left out or cut, by reason.
+        identity: what the rows depend on, for fingerprint.check_resume.
     """
 
     def __init__(
         self,
-        stores: Sequence[TokenStore],
-        order: EpochOrder,
+        conversations: Conversations,
+        plan: RowPlan,
         *,
         seq_length: int,
         pad_id: int,
         pad_multiple: int,
-        num_samples: int | None,
-        batch_multiple: int,
-        shuffle: bool,
-        ends: Sequence[np.ndarray],
-        kept: Sequence[np.ndarray],
-        counts: dict[str, int],
+        packing: bool,
+        identity: dict[str, Any],
     ) -> None:
-        self._stores, self._order = list(stores), order
-        self._seq_length, self._pad_id, self._pad_multiple = seq_length, pad_id, pad_multiple
-        self._ends, self._kept, self._shuffle = list(ends), list(kept), shuffle
-        self._starts = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
-        self._epochs: dict[int, np.ndarray] = {}
-        self.counts = counts
-        rows = order.epoch_size() if shuffle else int(self._starts[-1])
-        self.rows_per_pass = rows if shuffle else -(-rows // batch_multiple) * batch_multiple
-        self._length = self.rows_per_pass if num_samples is None else num_samples
+        self.conversations, self.plan, self.identity = conversations, plan, identity
+        self.counts = conversations.counts
+        self._row: dict[str, Any] = dict(
+            seq_length=seq_length, pad_id=pad_id, pad_multiple=pad_multiple
+        )
+        # One more for the padding behind the last conversation.
+        self._row["max_segments"] = plan.most_members() + 1 if packing else None
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of the first epoch; with shuffle=False filled up to `batch_multiple`."""
+        return self.plan.rows_per_pass
 
     def __len__(self) -> int:
-        return self._length
+        return self.plan.num_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`; keys, dtypes and shapes as rows.build_row gives them."""
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        members = [self.conversation(int(m)) for m in self.members(index)]
-        return build_row(
-            members,
-            seq_length=self._seq_length,
-            pad_id=self._pad_id,
-            pad_multiple=self._pad_multiple,
-        )
-
-    def members(self, index: int) -> np.ndarray:
-        """int64: the conversations in a sample, numbered through all sources; may be none."""
-        epoch, slot = divmod(index, self.rows_per_pass)
-        if not self._shuffle:
-            return np.arange(slot, slot + 1)[: int(slot < self._starts[-1])]
-        if epoch not in self._epochs:
-            self._epochs = {epoch: self._order.epoch(epoch)}
-        return self._epochs[epoch][slot : slot + 1]
-
-    def conversation(self, number: int) -> np.ndarray:
-        """uint32 [n]: flagged tokens of conversation `number`, cut as --overlong says."""
-        source = int(np.searchsorted(self._starts, number, side="right")) - 1
-        local = number - self._starts[source]
-        row = self._kept[source][local]
-        return self._stores[source].flagged(row)[: self._ends[source][local]]
+        members = self.plan.members(index)
+        return build_row([self.conversations[int(m)] for m in members], **self._row)
 
 
 def build_dataset(
@@ -136,8 +114,6 @@ def build_dataset(
             f"--seq-length {seq_length} must be a multiple of {pad_multiple} (2 × "
             "--context-parallel-size), which each packed conversation is padded to"
         )
-    if packing:
-        raise ValueError("packing is not available yet; use --no-packing")
     if overlong not in OVERLONG:
         raise ValueError(f"--overlong {overlong!r}: expected one of {', '.join(OVERLONG)}")
     parsed = parse_sources(sources, flag)
@@ -146,18 +122,37 @@ def build_dataset(
     )
     options = PrepareOptions(data_format, errors, max_bad_rows, cache_dir, None, progress)
     stores = prepare(parsed, spec, options, flag)
-    kept, ends, counts = fit_conversations(stores, seq_length, overlong)
+    conversations = Conversations(stores, seq_length, overlong)
     weights = [s.weight for s in parsed if s.weight is not None] or None
+    identity = {
+        "conversations": [s.meta.get("key") for s in stores],
+        "weights": weights,
+        "seed": seed if shuffle else None,
+        "seq_length": seq_length,
+        "overlong": overlong,
+        "packing": packing,
+        "pad_multiple": pad_multiple if packing else 1,
+    }
+    # Positions: the last token is a label only; packed conversations are padded for CP.
+    lengths = -(-(conversations.lengths() - 1) // pad_multiple) * pad_multiple
+    plan = RowPlan(
+        EpochOrder(conversations.sizes(), weights, seed),
+        lengths,
+        seq_length=seq_length,
+        packing=packing,
+        shuffle=shuffle,
+        seed=seed,
+        num_samples=num_samples,
+        batch_multiple=batch_multiple,
+        cache=None if cache_dir is None else Path(cache_dir) / "packs",
+        cache_key=identity,
+    )
     return ChatDataset(
-        stores,
-        EpochOrder([len(k) for k in kept], weights, seed),
+        conversations,
+        plan,
         seq_length=seq_length,
         pad_id=pad_token_id(tokenizer),
         pad_multiple=pad_multiple,
-        num_samples=num_samples,
-        batch_multiple=batch_multiple,
-        shuffle=shuffle,
-        ends=ends,
-        kept=kept,
-        counts=counts,
+        packing=packing,
+        identity=identity,
     )

@@ -12,6 +12,44 @@ from megatron_dft.data.store import TokenStore
 OVERLONG = ("refuse", "drop", "truncate")
 
 
+class Conversations:
+    """All usable conversations of several stores, numbered through, cut to fit a row.
+
+    counts: what fit_conversations left out or cut. Raises ValueError as it does.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], seq_length: int, overlong: str) -> None:
+        self._stores = list(stores)
+        self._kept, self._ends, self.counts = fit_conversations(stores, seq_length, overlong)
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes())])
+
+    def sizes(self) -> list[int]:
+        """Usable conversations in each store."""
+        return [len(k) for k in self._kept]
+
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: tokens of each conversation."""
+        return np.concatenate(self._ends)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """uint32 [n]: flagged tokens of one conversation (see chat_mask.SUPERVISED)."""
+        store, local = self._locate(number)
+        flagged = self._stores[store].flagged(int(self._kept[store][local]))
+        return flagged[: self._ends[store][local]]
+
+    def where(self, number: int) -> str:
+        """file:line of the row that a conversation came from."""
+        store, local = self._locate(number)
+        return self._stores[store].where(int(self._kept[store][local]))
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        store = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return store, number - int(self._starts[store])
+
+
 def fit_conversations(
     stores: Sequence[TokenStore], seq_length: int, overlong: str
 ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:

@@ -35,7 +35,7 @@ def test_a_row_is_the_templates_text_shifted_by_one(tmp_path, tokenizer):
         "position_ids": (torch.int64, (64,)),
     }
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    used = data.conversation(0).shape[0] - 1
+    used = data.conversations[0].shape[0] - 1
     assert text.startswith(tokenizer.decode(row["tokens"][:used]))
     trained = row["loss_mask"].bool()
     assert tokenizer.decode(row["labels"][trained]) == "\nHello 🙂\n<|im_end|>ok<|im_end|>"
@@ -58,7 +58,7 @@ def test_an_epoch_takes_every_row_once_and_epochs_differ(tmp_path, tokenizer):
     data = _unpacked(
         write_jsonl(tmp_path / "a.jsonl", _rows(20)), tokenizer, num_samples=60, seed=3
     )
-    epochs = [[int(data.members(20 * e + i)[0]) for i in range(20)] for e in range(3)]
+    epochs = [[int(data.plan.members(20 * e + i)[0]) for i in range(20)] for e in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3 and epochs[0] != sorted(epochs[0])
 
@@ -83,7 +83,7 @@ def test_weights_set_the_share_of_each_source(tmp_path, tokenizer):
     data = build_dataset(
         [f"0.25:{a}", f"0.75:{b}"], tokenizer, seq_length=64, packing=False, num_samples=120
     )
-    members = [int(data.members(i)[0]) for i in range(120)]
+    members = [int(data.plan.members(i)[0]) for i in range(120)]
     assert sum(m < 30 for m in members[:40]) == 10 and sum(m >= 30 for m in members[:40]) == 30
     # Ten rows an epoch of thirty: after three epochs each was seen once; the small source thrice.
     assert sorted(m for m in members if m < 30) == list(range(30))
@@ -96,7 +96,16 @@ def test_validation_takes_each_row_once_and_fills_up_with_rows_that_do_not_count
     path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
     data = _unpacked(path, tokenizer, shuffle=False, batch_multiple=4, num_samples=16)
     assert data.rows_per_pass == 8 and len(data) == 16
-    assert [data.members(i).tolist() for i in range(8)] == [[0], [1], [2], [3], [4], [], [], []]
+    assert [data.plan.members(i).tolist() for i in range(8)] == [
+        [0],
+        [1],
+        [2],
+        [3],
+        [4],
+        [],
+        [],
+        [],
+    ]
     assert all(torch.equal(data[i]["tokens"], data[i + 8]["tokens"]) for i in range(8))
     assert [data[i]["loss_mask"].sum() > 0 for i in range(8)] == [True] * 5 + [False] * 3
 

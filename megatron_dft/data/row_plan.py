@@ -1,0 +1,124 @@
+"""Sample index → which conversations share that row: the one place that knows epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dft.data.order import EpochOrder
+from megatron_dft.data.packing import Packs, pack
+
+_VERSION = 1
+
+
+class RowPlan:
+    """The rows of every epoch that a run of `num_samples` samples meets.
+
+    Args:
+        order: which conversations come in which epoch.
+        lengths: int64 [N]: positions that each conversation takes, padding for CP included.
+        seq_length: positions in a row.
+        packing: as many conversations as fit in a row; otherwise one.
+        shuffle: False for validation: one pass in file order, over and over, filled up to
+            batch_multiple rows with empty ones.
+        seed: the run's seed.
+        num_samples: samples that will be asked for; None for one pass.
+        cache: directory for the packs, or None to keep them in memory.
+        cache_key: identifies the conversations behind `lengths`.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        lengths: np.ndarray,
+        *,
+        seq_length: int,
+        packing: bool,
+        shuffle: bool,
+        seed: int,
+        num_samples: int | None,
+        batch_multiple: int = 1,
+        cache: Path | None = None,
+        cache_key: Any = None,
+    ) -> None:
+        self._order, self._lengths, self._seq_length = order, lengths, seq_length
+        self._packing, self._shuffle, self._seed = packing, shuffle, seed
+        self._cache = cache
+        text = json.dumps([_VERSION, cache_key, seq_length, shuffle, seed])
+        self._name = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self._epochs = [self._epoch(0)]
+        self._ends = [len(self._epochs[0])]
+        if not shuffle:
+            self._ends = [-(-self._ends[0] // batch_multiple) * batch_multiple]
+        self.rows_per_pass = self._ends[0]
+        self.num_samples = self.rows_per_pass if num_samples is None else num_samples
+        while shuffle and self._ends[-1] < self.num_samples:
+            self._epochs.append(self._epoch(len(self._epochs)))
+            self._ends.append(self._ends[-1] + len(self._epochs[-1]))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(epoch, row in it) of a sample."""
+        if not self._shuffle:
+            return 0, index % self.rows_per_pass
+        epoch = bisect_right(self._ends, index)
+        return epoch, index - (self._ends[epoch - 1] if epoch else 0)
+
+    def members(self, index: int) -> np.ndarray:
+        """int64: conversations in a sample; none in a row that only fills up a batch."""
+        epoch, row = self.locate(index)
+        packs = self._epochs[epoch]
+        return packs.row(row) if row < len(packs) else packs.members[:0]
+
+    def most_members(self) -> int:
+        return max(p.most_members() for p in self._epochs)
+
+    def efficiency(self) -> float:
+        """Share of the first epoch's positions that hold a conversation's tokens."""
+        packs = self._epochs[0]
+        used = int(self._lengths[packs.members].sum())
+        return used / (len(packs) * self._seq_length) if len(packs) else 0.0
+
+    def _epoch(self, epoch: int) -> Packs:
+        if not self._packing:
+            members = self._order.epoch(epoch) if self._shuffle else self._order.in_file_order()
+            return Packs(members, np.arange(len(members) + 1))
+        path = None if self._cache is None else self._cache / f"{self._name}-{epoch}.packs"
+        if path is not None and path.exists():
+            return _load(path)
+        if self._shuffle:
+            key: tuple[int, ...] | None = (self._seed, 2, epoch)
+            packs = pack(self._order.epoch(epoch), self._lengths, self._seq_length, key)
+        else:
+            order = self._order.in_file_order()
+            packs = pack(order, self._lengths, self._seq_length, None)
+        if path is None:
+            return packs
+        _save(path, packs)
+        return _load(path)
+
+
+def _save(path: Path, packs: Packs) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        head = np.array([len(packs.starts), len(packs.members)], dtype="<i8")
+        for array in (head, packs.starts, packs.members):
+            file.write(array.astype("<i8", copy=False).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    # Ranks that pack at the same time write the same bytes; the last rename changes nothing.
+    os.replace(partial, path)
+
+
+def _load(path: Path) -> Packs:
+    data = np.memmap(path, dtype="<i8", mode="r")
+    starts = int(data[0])
+    if len(data) != 2 + starts + int(data[1]):
+        raise ValueError(f"the packing cache {str(path)!r} is damaged; delete it and start again")
+    return Packs(data[2 + starts :], data[2 : 2 + starts])
