@@ -1,4 +1,4 @@
-"""Package definition of megatron-dft. Tool settings (ruff, mypy, pytest, import-linter): pyproject.toml."""
+"""Package definition of megatron-dft; tool settings are in pyproject.toml."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ setup(
     install_requires=[
         # 0.19 is the first wheel whose training loop takes a model builder and a config container.
         "megatron-core[training]>=0.19,<0.21",
-        # Floors where known holes were fixed (torch.load and hub loading); see README, "Tested with".
+        # Floors where known holes were fixed; the README says what was tested.
         "torch>=2.10",
         "transformers>=5.3",
         "safetensors>=0.5",

@@ -1,13 +1,10 @@
-"""Which tokens a context-parallel rank holds, and the gathering of keys and values over the ranks.
-
-Megatron cuts every sequence into 2·cp chunks and gives rank r the chunks r and 2·cp−1−r, so that
-causal work is balanced (core/utils.py, get_batch_on_this_cp_rank); a packed row is cut so conversation
-by conversation.
-"""
+"""Context parallelism of the CPU attention: gathered keys and values, and who may see whom."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_dft.context_parallel import token_indices
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -33,30 +30,6 @@ def gather_kv(key: Tensor, value: Tensor, group: dist.ProcessGroup) -> tuple[Ten
     if group.size() == 1:
         return key, value
     return _GatherSequence.apply(key, group), _GatherSequence.apply(value, group)
-
-
-def token_indices(
-    length: int, size: int, rank: int, boundaries: Tensor | None, device: torch.device
-) -> Tensor:
-    """Global positions [length / size] of the tokens that `rank` of `size` holds.
-
-    `length`: global tokens of a row; `boundaries`: cu_seqlens [n+1] of a packed row (global, padded so
-    that each conversation divides by 2·size), or None for one sequence a row.
-    """
-    edges = [0, length] if boundaries is None else boundaries.tolist()
-    if edges[-1] < length:
-        edges.append(length)
-    parts = []
-    for start, end in zip(edges, edges[1:], strict=False):
-        chunks = torch.arange(start, end, device=device).chunk(2 * size) if end > start else ()
-        if (end - start) % (2 * size):
-            raise ValueError(
-                f"--context-parallel-size {size}: each conversation's padded length must divide by "
-                f"{2 * size}, got {end - start}; pad it in the data set"
-            )
-        if chunks:
-            parts += [chunks[rank], chunks[2 * size - 1 - rank]]
-    return torch.cat(parts)
 
 
 def visible_keys(

@@ -89,14 +89,14 @@ class Attention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(
-                required_pgs=["tp", "cp"]
-            )
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale  # None: 1/sqrt(d)
         self.window: tuple[int, int] | None = None
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
             self.window = config.window_size
         if config.apply_query_key_layer_scaling:
             raise ValueError(
@@ -176,9 +176,7 @@ class Attention(MegatronModule):
             )
         return context.permute(2, 0, 1, 3)
 
-    def _attend_with_sink(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def _attend_with_sink(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Softmax with one more logit a head that takes probability and gives no value."""
         assert self.softmax_offset is not None
         if visible is None:

@@ -8,6 +8,7 @@ it, activation fails and says which.
 | what | where | replaced by | why |
 |---|---|---|---|
 | devices | every torch function call with `device=`, `.to()`, `.cuda()` | CPU | `device="cuda"` is hard-coded |
+| pinned memory | `pin_memory=` and `.pin_memory()` | not pinned | pinning needs CUDA |
 | tensor type names | `Tensor.type()` | `torch.cuda.*Tensor` | gradient clipping and the optimizers compare it |
 | presence | `torch.cuda.is_available`, `is_initialized`, `device_count` | yes; LOCAL_WORLD_SIZE | asserted, local ranks |
 | current device | `torch.cuda.current_device`, `set_device`, `device` | CPU; no-op | `device=current_device()` |
@@ -20,7 +21,7 @@ it, activation fails and says which.
 | process group | `torch.distributed.init_process_group` | without `device_id` | gloo takes none |
 | data loader | `torch.utils.data.DataLoader.__init__` | `pin_memory=False` | pinning needs CUDA |
 | optimizer checks | `Optimizer._cuda_graph_capture_health_check` and its twin | no-ops | ask CUDA at each step |
-| compile | `torch._dynamo.config.disable` | True | fusions are compiled for CUDA speed |
+| compile | `torch.compiler.set_stance` | force_eager | fusions are compiled for CUDA speed |
 | RNG tracker imports | `megatron.core.tensor_parallel.random._lazy_call` … | run at once | names bound at import |
 | C++ helpers | `megatron.core.datasets.utils.compile_helpers` | skipped where built | wheel has no Makefile |
 | norm, attention | `LocalSpecProvider`, `LNImpl`, `LayerNormImpl` | `megatron_dft.cpu.layers` | SP, thd and CP |
@@ -58,7 +59,9 @@ class CpuMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
-        if func is torch.Tensor.cuda:
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.to:
             # Positions after the tensor may hold a dtype, a device or another tensor.
@@ -227,10 +230,6 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         if hasattr(torch.optim.Optimizer, check):
             rows += [(torch.optim.Optimizer, check, _nothing)]
 
-    import torch._dynamo.config as dynamo
-
-    rows += [(dynamo, "disable", True)]
-
     import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as mcore_random
 
@@ -248,12 +247,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 class _State:
     saved: list[tuple[Any, str, Any]] = []
-    mode: CpuMode | None = None
+    modes: contextlib.ExitStack | None = None
 
 
 def is_active() -> bool:
     """Whether the CPU runtime stands in for CUDA in this process."""
-    return _State.mode is not None
+    return _State.modes is not None
 
 
 def activate() -> None:
@@ -275,18 +274,19 @@ def activate() -> None:
     _State.saved = [(owner, name, getattr(owner, name)) for owner, name, _ in rows]
     for owner, name, value in rows:
         setattr(owner, name, value)
-    _State.mode = CpuMode()
-    _State.mode.__enter__()
+    _State.modes = contextlib.ExitStack()
+    _State.modes.enter_context(torch.compiler.set_stance("force_eager"))
+    _State.modes.enter_context(CpuMode())
 
 
 def deactivate() -> None:
     """Put everything back as it was before `activate()`. Idempotent."""
-    if _State.mode is None:
+    if _State.modes is None:
         return
-    _State.mode.__exit__(None, None, None)
+    _State.modes.close()
     for owner, name, value in reversed(_State.saved):
         setattr(owner, name, value)
-    _State.saved, _State.mode = [], None
+    _State.saved, _State.modes = [], None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,199 @@
+"""Our flags beside Megatron's, and every check of a user's settings before anything is built.
+
+`add_arguments` is the `extra_args_provider` of Megatron's parser. It parses the command line once
+itself, so that it can tell the flags that were given from defaults: what the Hugging Face config and
+the device decide becomes a default, and a given flag that contradicts them is an error.
+"""
+
+import argparse
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dft import checks
+from megatron_dft.cpu import runtime
+from megatron_dft.data import flags as data_flags
+from megatron_dft.hf.config import megatron_args
+from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.losses import registry
+from megatron_dft.losses.registry import Objective
+
+# What the CPU lacks is switched off; the program is otherwise the same.
+CPU_DEFAULTS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_grouped_gemm": False,
+}
+
+# Defaults of ours that differ from Megatron's; each holds only where the flag is not given.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    # Every supervised token of the global batch weighs the same in any layout.
+    "calculate_per_token_loss": True,
+    "micro_batch_size": 1,
+    "optimizer": "adam",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "log_interval": 1,
+    "eval_iters": 0,
+    "eval_interval": 1000,
+    "ckpt_format": "torch_dist",
+    "tokenizer_type": "NullTokenizer",
+    "split": "100,0,0",
+    "create_attention_mask_in_dataloader": False,
+    "check_for_nan_in_loss_and_grad": True,
+    "num_workers": 0,
+}
+
+
+@dataclass
+class Settings:
+    """What the flags resolve to, for the rest of the program.
+
+    `checkpoint` is None where the run starts from Megatron's own checkpoint alone.
+    """
+
+    objective: Objective
+    checkpoint: HFCheckpoint | None
+    vocab_size: int | None
+
+
+def wants_cpu(device: str) -> bool:
+    """Whether `--device auto|cpu|cuda` means the CPU on this machine.
+
+    Raises ValueError if cuda is asked for and there is none.
+    """
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise ValueError(
+            "--device cuda: expected a visible GPU, got none; use --device cpu or auto, or check "
+            "the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return device == "cpu" or not present
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser and set what the model and the device decide.
+
+    Raises:
+        ValueError: one line naming the flag, what was expected, what came, and the remedy.
+    """
+    group = parser.add_argument_group("megatron_dft", "Dynamic fine-tuning and its family")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes the GPUs where there are any and the CPU (gloo) where there are none",
+    )
+    group.add_argument(
+        "--hf-model",
+        metavar="DIR_OR_NAME",
+        help="Hugging Face checkpoint (safetensors) to start from: a directory or a hub name; its "
+        "config.json sets the model's flags",
+    )
+    group.add_argument("--hf-revision", metavar="COMMIT", help="revision of a hub name")
+    group.add_argument(
+        "--save-hf", metavar="DIR", help="write a Hugging Face checkpoint here at the end"
+    )
+    group.add_argument(
+        "--save-hf-interval",
+        type=int,
+        metavar="STEPS",
+        help="also write DIR-step-N every so many steps",
+    )
+    group.add_argument(
+        "--save-hf-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the written weights; default: that of the base checkpoint",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="let --save-hf replace an existing directory"
+    )
+    group.add_argument(
+        "--progress",
+        choices=("auto", "rich", "plain", "off"),
+        default="auto",
+        help="our progress line beside Megatron's log; auto is rich on a terminal, else plain",
+    )
+    data_flags.add_arguments(parser.add_argument_group("data"))
+    registry.add_arguments(parser.add_argument_group("objective"))
+    _resolve(parser)
+    return parser
+
+
+_settings: Settings | None = None
+
+
+def settings() -> Settings:
+    """The settings of this run; set when the command line has been parsed."""
+    assert _settings is not None, "the command line has not been parsed"
+    return _settings
+
+
+def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """dest → value of the flags that stand on the command line, and no defaults."""
+    kept = [(action, action.default) for action in parser._actions]
+    defaults, parser._defaults = parser._defaults, {}
+    try:
+        for action, _ in kept:
+            action.default = argparse.SUPPRESS
+        return vars(parser.parse_args())
+    finally:
+        for action, default in kept:
+            action.default = default
+        parser._defaults = defaults
+
+
+def _gpu_defaults() -> dict[str, Any]:
+    """What Megatron would assert on where transformer-engine or NVIDIA apex is not installed."""
+    defaults: dict[str, Any] = {}
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    if not has_te:
+        defaults.update(transformer_impl="local", no_persist_layer_norm=True)
+    if not has_te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        defaults["gradient_accumulation_fusion"] = False
+    return defaults
+
+
+def _resolve(parser: argparse.ArgumentParser) -> None:
+    global _settings
+    given = given_flags(parser)
+    defaults = dict(TRAINING_DEFAULTS)
+    checkpoint, vocab_size = None, given.get("vocab_size")
+    if "hf_model" in given:
+        checkpoint = open_checkpoint(
+            given["hf_model"],
+            given.get("hf_revision"),
+            trust_remote_code=given.get("trust_remote_code", False),
+        )
+        model = megatron_args(checkpoint)
+        checks.no_contradiction(parser, given, model, given["hf_model"])
+        vocab_size = model["vocab_size"]
+        defaults.update(model)
+        # Every weight is read from the files.
+        defaults["perform_initialization"] = False
+    # The device was chosen before Megatron was imported; torch now answers as that device would.
+    defaults.update(CPU_DEFAULTS if runtime.is_active() else _gpu_defaults())
+    # set_defaults accepts any name: one that this release does not know would be lost in silence.
+    known = {action.dest for action in parser._actions}
+    assert defaults.keys() <= known, f"no such Megatron flags: {sorted(defaults.keys() - known)}"
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    objective = registry.resolve(args)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    checks.check(args, world_size, checkpoint, objective)
+    if vocab_size is not None:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)
+    _settings = Settings(objective, checkpoint, vocab_size)

@@ -1,0 +1,190 @@
+"""Every refusal of a user's settings, before a model is built or a file written.
+
+Each is one ValueError line: the flag, what was expected, what came, the remedy.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.hf.layout import check_layout
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.losses.registry import Objective
+
+# Settings under which exp(−CE) is not the probability of the target token, or under which the loss
+# takes a way that has not been proven here. dest → (is it refused?, why and what to do).
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "fp16_lm_cross_entropy": (
+        True,
+        "computes the cross entropy in fp16, where exp(-CE) is not p; drop the flag",
+    ),
+    "logits_load_dir": ("given", "replaces the loss by distillation; drop it or use --loss sft"),
+    "logits_save_dir": ("given", "is for distillation teachers; run it with stock Megatron-LM"),
+    "hybrid_layer_pattern": ("given", "hybrid models have not been proven here; use a GPT model"),
+    "mtp_num_layers": ("given", "multi-token prediction has not been proven here; drop it"),
+    "overlap_moe_expert_parallel_comm": (
+        True,
+        "takes a schedule that bypasses the model's loss; drop the flag",
+    ),
+    "use_mup": (True, "scales the logits after the output layer; drop the flag"),
+    "sft": (True, "is Megatron's own SFT data set; --train-data replaces it, drop the flag"),
+    "use_checkpoint_args": (
+        True,
+        "takes the model's flags from the checkpoint; --hf-model sets them",
+    ),
+    "yaml_cfg": ("given", "bypasses the flags; give them on the command line"),
+    "hybrid_context_parallel": (True, "has not been proven here; use --context-parallel-size"),
+    "cuda_graph_impl": ("not none", "has not been proven here; use --cuda-graph-impl none"),
+    "perform_rl_step": (True, "is for reinforcement learning; use stock Megatron-LM"),
+    "use_torch_fsdp2": (True, "has not been proven here; use --use-distributed-optimizer"),
+    "use_megatron_fsdp": (True, "has not been proven here; use --use-distributed-optimizer"),
+    "dataloader_inter_document_masking": (True, "is decided by --train-data; drop the flag"),
+    "phase_transition_iterations": ("given", "has not been proven here; drop it"),
+}
+
+
+def _is_refused(value: Any, rule: Any) -> bool:
+    if rule is True:
+        return value is True
+    if rule == "not none":
+        return value not in (None, "none")
+    return value is not None
+
+
+def flag_of(dest: str) -> str:
+    """The usual spelling of an argparse dest."""
+    return "--" + dest.replace("_", "-")
+
+
+def no_contradiction(
+    parser: argparse.ArgumentParser, given: dict[str, Any], model: dict[str, Any], source: str
+) -> None:
+    """Raise ValueError if a given flag contradicts the model's config (given: flags as typed)."""
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions}
+    for dest, expected in model.items():
+        if dest in given and given[dest] != expected:
+            raise ValueError(
+                f"{flags[dest]}: {source}/config.json says {expected}, got {given[dest]}; "
+                "leave the flag out, the config sets it"
+            )
+
+
+def check(
+    args: argparse.Namespace,
+    world_size: int,
+    checkpoint: HFCheckpoint | None,
+    objective: Objective,
+) -> None:
+    """All refusals that need more than one flag. `args` are parsed, not yet validated by Megatron."""
+    for dest, (rule, why) in _REFUSED.items():
+        if _is_refused(getattr(args, dest, None), rule):
+            raise ValueError(f"{flag_of(dest)}: {why}")
+    if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl != "native":
+        raise ValueError(
+            "--cross-entropy-fusion-impl: expected native (te is not proven to give p under a "
+            f"weighted loss), got {args.cross_entropy_fusion_impl}"
+        )
+    _check_objective(objective)
+    _check_sources(args, checkpoint)
+    _check_run_length(args)
+    _check_batch(args, world_size)
+    _check_output(args, checkpoint)
+    if checkpoint is not None:
+        check_layout(
+            checkpoint,
+            tensor_parallel=args.tensor_model_parallel_size,
+            pipeline_parallel=args.pipeline_model_parallel_size,
+            expert_parallel=args.expert_model_parallel_size,
+        )
+
+
+def _check_objective(objective: Objective) -> None:
+    if objective.needs:
+        raise ValueError(
+            f"--loss {objective.name}: needs {', '.join(sorted(objective.needs))} of every token, "
+            "which the training loop does not compute; choose an objective that needs p alone"
+        )
+
+
+def _check_sources(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
+    if checkpoint is None:
+        raise ValueError(
+            "--hf-model: expected a Hugging Face checkpoint to start from, got none; give a "
+            "directory or a hub name"
+        )
+    if not args.train_data and not args.skip_train:
+        raise ValueError("--train-data: expected at least one file of conversations, got none")
+    if args.eval_iters and not args.valid_data:
+        raise ValueError(
+            f"--eval-iters {args.eval_iters}: needs --valid-data, got none; give it or drop the flag"
+        )
+
+
+def _check_run_length(args: argparse.Namespace) -> None:
+    if args.seq_length is None:
+        raise ValueError("--seq-length: expected the tokens of a row, got none")
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise ValueError("--train-iters: expected the number of steps (or --train-samples), got none")
+    if args.lr is None and not args.skip_train:
+        raise ValueError("--lr: expected a learning rate, got none; the paper's is 5e-5")
+    longest = args.max_position_embeddings
+    if longest is not None and args.seq_length > longest:
+        raise ValueError(
+            f"--seq-length: the model has {longest} positions, got {args.seq_length}; shorten it"
+        )
+
+
+def _check_batch(args: argparse.Namespace, world_size: int) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    if world_size % (tp * pp * cp):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} × "
+            f"--context-parallel-size {cp} = {tp * pp * cp}: expected a divisor of the number of "
+            f"ranks, got {world_size}; change the layout or torchrun's --nproc-per-node"
+        )
+    data_parallel = world_size // (tp * pp * cp)
+    step = args.micro_batch_size * data_parallel
+    if args.global_batch_size is not None and args.global_batch_size % step:
+        raise ValueError(
+            f"--global-batch-size: expected a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} × data-parallel size {data_parallel} = {step}, "
+            f"got {args.global_batch_size}"
+        )
+    if args.expert_model_parallel_size > 1 and world_size % args.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-model-parallel-size: expected a divisor of the {world_size} ranks, "
+            f"got {args.expert_model_parallel_size}"
+        )
+    if args.sequence_parallel and args.seq_length % tp:
+        raise ValueError(
+            f"--sequence-parallel: --seq-length must divide by --tensor-model-parallel-size {tp}, "
+            f"got {args.seq_length}"
+        )
+    if cp > 1 and args.seq_length % (2 * cp * (tp if args.sequence_parallel else 1)):
+        raise ValueError(
+            f"--context-parallel-size {cp}: --seq-length must divide by "
+            f"{2 * cp * (tp if args.sequence_parallel else 1)}, got {args.seq_length}"
+        )
+
+
+def _check_output(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
+    if args.save_hf is None:
+        if args.save_hf_interval is not None:
+            raise ValueError("--save-hf-interval: expected --save-hf DIR beside it, got none")
+        return
+    if args.save_hf_interval is not None and args.save_hf_interval < 1:
+        raise ValueError(
+            f"--save-hf-interval: expected at least 1 step, got {args.save_hf_interval}"
+        )
+    target = Path(args.save_hf)
+    if checkpoint is not None and target.resolve() == checkpoint.path.resolve():
+        raise ValueError(f"--save-hf: {target} is the base model itself; choose another directory")
+    if target.exists() and any(target.iterdir()) and not args.overwrite:
+        raise ValueError(
+            f"--save-hf: {target} exists and is not empty; choose another directory or add "
+            "--overwrite"
+        )

@@ -1,0 +1,102 @@
+"""The one module that knows Megatron's releases and works round what they get wrong.
+
+Each work-round names its reason, is applied once, and fails loudly where the symbol it needs is gone.
+Tested with megatron-core 0.19.2.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+def check_release() -> str:
+    """The installed megatron-core release; ValueError if it is not one that this package drives."""
+    release = version("megatron-core")
+    major, minor = (int(part) for part in release.split(".")[:2])
+    if not (0, 19) <= (major, minor) < (0, 21):
+        raise ValueError(
+            f"megatron-core: expected >= 0.19, < 0.21, got {release}; "
+            "pip install 'megatron-core[training]>=0.19,<0.21', or use patches/ for older releases"
+        )
+    return release
+
+
+_originals: dict[tuple[str, str], Callable] = {}
+
+
+def _replace(module_name: str, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a function of a module; a second replacement takes the first one's place."""
+    module = importlib.import_module(module_name)
+    if not callable(getattr(module, name, None)):
+        raise RuntimeError(f"megatron-core {version('megatron-core')}: {module_name}.{name} moved")
+    original = _originals.setdefault((module_name, name), getattr(module, name))
+    setattr(module, name, functools.wraps(original)(make(original)))
+
+
+def on_training_log(before: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Call `before(loss_dict, arguments)` ahead of each of Megatron's log calls.
+
+    `loss_dict` (name → mean of this step, last pipeline stage only) may be changed: Megatron logs what
+    is left. `arguments` are those of training_log by name.
+    """
+    def make(original):
+        signature = inspect.signature(original)
+
+        def training_log(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            before(bound.arguments["loss_dict"], bound.arguments)
+            return original(*bound.args, **bound.kwargs)
+
+        return training_log
+
+    _replace("megatron.training.training", "training_log", make)
+
+
+def after_training_step(callback: Callable[[list[Any], int], None]) -> None:
+    """Call `callback(model_chunks, iteration)` after each optimizer step, before checkpoints."""
+
+    def make(original):
+        def post_training_step_callbacks(model, optimizer, scheduler, iteration, *args, **kwargs):
+            result = original(model, optimizer, scheduler, iteration, *args, **kwargs)
+            callback(model, iteration)
+            return result
+
+        return post_training_step_callbacks
+
+    _replace("megatron.training.training", "post_training_step_callbacks", make)
+
+
+def sync_parameters(model: list[Any], args: Any) -> None:
+    """Finish the distributed optimizer's overlapped parameter gather, so that weights can be read."""
+    from megatron.training import training
+
+    if training.should_disable_forward_pre_hook(args):
+        training.force_param_sync(model)
+
+
+def checkpoint_exists(directory: str | None) -> bool:
+    """Whether Megatron would find a checkpoint to load there."""
+    from megatron.training.checkpointing import checkpoint_exists as exists
+
+    return directory is not None and exists(directory)
+
+
+def fail_on_silent_exits() -> None:
+    """Megatron's checkpoint code calls sys.exit() with status 0 where loading failed.
+
+    A scheduler would take that for success. Inside that module a bare exit becomes status 1.
+    """
+    import megatron.training.checkpointing as checkpointing
+
+    class _Sys:
+        def __getattr__(self, name):
+            return getattr(sys, name)
+
+        @staticmethod
+        def exit(status=None):
+            sys.exit(status or 1)
+
+    checkpointing.sys = _Sys()

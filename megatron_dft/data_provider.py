@@ -1,0 +1,76 @@
+"""The data sets of a run, in the form that Megatron's loop asks for them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.training import get_args, print_rank_0
+
+from megatron_dft.arguments import settings
+from megatron_dft.data.dataset import ChatDataset, build_dataset
+from megatron_dft.data.flags import dataset_options
+from megatron_dft.data.tokenizer import load_tokenizer
+
+DEFAULT_CACHE = "~/.cache/megatron_dft/data"
+
+
+def cache_directory(args: Any) -> Path:
+    """--data-cache, $MEGATRON_DFT_DATA_CACHE, or a directory of the user's."""
+    chosen = args.data_cache or os.environ.get("MEGATRON_DFT_DATA_CACHE") or DEFAULT_CACHE
+    return Path(chosen).expanduser()
+
+
+def _build(
+    args: Any, flag: str, num_samples: int | None, shuffle: bool, progress: bool = False
+) -> ChatDataset:
+    checkpoint = settings().checkpoint
+    assert checkpoint is not None
+    tokenizer = load_tokenizer(
+        checkpoint.path, args.chat_template, trust_remote_code=args.trust_remote_code
+    )
+    context = args.context_parallel_size
+    options = dataset_options(args) | {"cache_dir": cache_directory(args)}
+    return build_dataset(
+        args.train_data if flag == "--train-data" else args.valid_data,
+        tokenizer,
+        seq_length=args.seq_length,
+        num_samples=num_samples,
+        seed=args.seed,
+        pad_multiple=2 * context if context > 1 else 1,
+        shuffle=shuffle,
+        batch_multiple=1 if shuffle else args.global_batch_size,
+        progress=progress,
+        flag=flag,
+        **options,
+    )
+
+
+def prepare(args: Any) -> None:
+    """Tokenise into the cache, so that a bad row is named before any model is built.
+
+    Called on the first rank of each node; the others find the cache when they build.
+    """
+    if args.train_data and not args.skip_train:
+        _build(args, "--train-data", None, shuffle=True, progress=True)
+    if args.valid_data:
+        _build(args, "--valid-data", None, shuffle=False, progress=True)
+
+
+def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
+    """(train, validation, test) data sets; Megatron shards them over data-parallel ranks.
+
+    `num_samples`: samples that training, all evaluations together and the test will read.
+    """
+    args = get_args()
+    train = valid = None
+    if args.train_data and not args.skip_train:
+        train = _build(args, "--train-data", num_samples[0], shuffle=True)
+        counted = {name: count for name, count in train.counts.items() if count}
+        print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
+    if args.valid_data and (args.full_validation or args.eval_iters):
+        valid = _build(args, "--valid-data", num_samples[1], shuffle=False)
+    return train, valid, None
+
+
+# Every rank builds the data sets itself: they are the same pure function of the flags everywhere.
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]

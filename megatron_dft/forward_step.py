@@ -1,0 +1,157 @@
+"""Megatron's forward step: a batch in, the objective's loss and the report out.
+
+Route 1 of the loss: the model returns Megatron's vocabulary-parallel cross entropy, whose target logit
+and partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on every
+rank without another collective, and the weight is one elementwise multiply.
+
+Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_dft.arguments import settings
+from megatron_dft.context_parallel import token_indices
+from megatron_dft.losses.token_stats import TokenStats
+from megatron_dft.report import loss_report
+
+# Along axis 1 of these a context-parallel rank holds its part of the row.
+_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
+    """The next micro-batch of this data-parallel replica, on this rank's device.
+
+    Every rank of a replica reads the same rows itself (the data set is the same pure function of the
+    sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
+
+    Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s], and for packed rows
+    cu_seqlens, cu_seqlens_padded int32 [n+1] (global) and max_seqlen (int); b is 1 then.
+    """
+    raw = next(data_iterator)
+    batch: dict[str, Any] = {key: raw[key].cuda(non_blocking=True) for key in _PER_TOKEN}
+    boundaries = None
+    if "cu_seqlens" in raw:
+        for key in ("cu_seqlens", "cu_seqlens_padded"):
+            if key in raw:
+                batch[key] = raw[key].squeeze(0).cuda(non_blocking=True)
+        batch["max_seqlen"] = int(raw["max_seqlen"].max())
+        boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
+    size = mpu.get_context_parallel_world_size()
+    if size > 1:
+        rank = mpu.get_context_parallel_rank()
+        length = batch["tokens"].shape[1]
+        held = token_indices(length, size, rank, boundaries, batch["tokens"].device)
+        for key in _PER_TOKEN:
+            batch[key] = batch[key].index_select(1, held)
+        batch["held"] = held
+    return batch
+
+
+def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """Megatron's description of a packed (thd) row, None for one sequence a row."""
+    if "cu_seqlens" not in batch:
+        return None
+    boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
+    return PackedSeqParams(
+        qkv_format="thd",
+        # Padding belongs to the conversation before it; its labels are masked.
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=batch["max_seqlen"],
+        max_seqlen_kv=batch["max_seqlen"],
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def _segments(batch: dict[str, Any]) -> dict[str, Any]:
+    """Which conversation each token belongs to, for the objectives that weigh whole conversations."""
+    if "cu_seqlens" not in batch:
+        return {}
+    boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
+    tokens = batch["tokens"]
+    positions = batch.get("held")
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    ids = torch.bucketize(positions, boundaries[1:], right=True)
+    return {"segment_ids": ids.view_as(tokens), "num_segments": len(boundaries)}
+
+
+def loss_func(
+    batch: dict[str, Any], output_tensor: Tensor, model: Any
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the objective over this rank's supervised tokens, their number, and the report.
+
+    Args:
+        batch: of `get_batch`; `loss_mask` fp32 [b, s].
+        output_tensor: Megatron's per-token cross entropy, fp32 [b, s].
+        model: the (wrapped) model chunk; in evaluation mode the loss is the plain cross entropy.
+
+    Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
+    forward_step_calc_loss): loss, int32 token count, name → [sum, count].
+    """
+    mask = batch["loss_mask"].view_as(output_tensor)
+    cross_entropy = output_tensor.float()
+    stats = TokenStats(
+        log_prob=-cross_entropy,
+        mask=mask,
+        context_parallel_group=mpu.get_context_parallel_group(),
+        **_segments(batch),
+    )
+    objective = settings().objective
+    if model.training:
+        token_loss, weight = objective(stats)
+    else:
+        # A weighted loss in evaluation would select checkpoints by a figure that is not monotone in p.
+        token_loss, weight = torch.where(mask.bool(), cross_entropy, 0.0), None
+    loss = token_loss.sum()
+    count = mask.sum().to(torch.int)
+    _stop_on_bad_loss(loss)
+    correct = getattr(unwrap_model(model), "dft_correct", None)
+    report = loss_report(
+        objective.name if model.training else None, cross_entropy, token_loss, weight, mask, correct
+    )
+    return loss, count, report
+
+
+def _stop_on_bad_loss(loss: Tensor) -> None:
+    """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    machine = get_rerun_state_machine()
+    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+        machine.validate_result(
+            result=loss,
+            rejection_func=test,
+            message=f"found {word} in the local loss",
+            tolerance=0.0,
+            fatal=True,
+        )
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through one model chunk; the callback of Megatron's schedules."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    output_tensor = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_seq_params(batch),
+    )
+    return output_tensor, partial(loss_func, batch, model=model)

@@ -1,0 +1,68 @@
+"""Megatron's model config for this run: our layers on CPU, Hugging Face weights in, hooks on the loss."""
+
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from megatron.training import print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_dft import accuracy, compat
+from megatron_dft.arguments import settings
+from megatron_dft.cpu.layers import layer_spec
+from megatron_dft.hf.load import load_hf_weights
+from megatron_dft.hf.padding import mask_padded_vocab
+from megatron_dft.self_test import check_gradient
+
+
+class ModelHandle:
+    """The model chunks of this rank, once they are built; `pretrain` does not return them."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+
+
+def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
+    """GPTModelConfig from Megatron's args, with what this project adds as hooks on the built model."""
+    config = gpt_config_from_args(args)
+    # gpt_config_from_args leaves it at 8.0 whatever --rope-scaling-factor says (0.19.2).
+    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.transformer_impl == "local":
+        config.transformer_layer_spec = layer_spec
+
+    def before_wrapping(chunks: list[Any]) -> list[Any]:
+        prepare(chunks, args)
+        return chunks
+
+    def after_wrapping(chunks: list[Any]) -> list[Any]:
+        handle.chunks = chunks
+        return chunks
+
+    config.pre_wrap_hooks.append(before_wrapping)
+    config.post_wrap_hooks.append(after_wrapping)
+    return config
+
+
+def prepare(chunks: list[Any], args: Any) -> None:
+    """Weights, padded vocabulary, accuracy and the self-test, on the bare model chunks."""
+    chosen = settings()
+    if chosen.checkpoint is not None and not compat.checkpoint_exists(args.load):
+        print_rank_0(f"> reading the weights of {chosen.checkpoint.name} ...")
+        load_hf_weights(chunks, chosen.checkpoint)
+    for chunk in (unwrap_model(c) for c in chunks):
+        if not chunk.post_process:
+            continue
+        if chosen.vocab_size is not None:
+            mask_padded_vocab(chunk, chosen.vocab_size)
+        accuracy.watch(chunk)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        error = check_gradient(
+            chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype
+        )
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            print(
+                f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "
+                f"(relative error {error:.1e})",
+                flush=True,
+            )

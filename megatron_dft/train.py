@@ -1,0 +1,108 @@
+"""Fine-tune a Hugging Face model on Megatron's own training loop.
+
+    torchrun --nproc-per-node 8 -m megatron_dft.train --hf-model DIR --loss dft --train-data x.jsonl …
+
+Every Megatron flag works; arguments.py lists ours.
+"""
+
+import time
+
+_PROGRAM_START = time.time()
+
+import os  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+CONFIGURATION_ERROR = 2
+
+
+def _requested_device(argv: Sequence[str]) -> str:
+    """--device, before Megatron's parser exists: its import must find the runtime in place."""
+    for index, word in enumerate(argv):
+        if word == "--device" and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith("--device="):
+            return word.split("=", 1)[1]
+    return "auto"
+
+
+def _is_first_local_rank() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the training that the flags describe; returns the exit status.
+
+    A user's mistake is one line on standard error (from the first rank of each node) and status 2.
+    """
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]
+    try:
+        args = _configure(sys.argv[1:])
+    except (ValueError, AssertionError) as error:
+        # Megatron checks its own flags by assertions.
+        if _is_first_local_rank():
+            text = " ".join(str(error).split()) or repr(error)
+            print(f"{socket.gethostname()}: error: {text}", file=sys.stderr, flush=True)
+        return CONFIGURATION_ERROR
+    _train(args)
+    return 0
+
+
+def _configure(argv: Sequence[str]) -> Any:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from megatron_dft import compat
+    from megatron_dft.arguments import add_arguments, wants_cpu
+
+    release = compat.check_release()
+    if wants_cpu(_requested_device(argv)):
+        from megatron_dft.cpu import runtime
+
+        runtime.activate()
+        if os.environ["RANK"] == "0":
+            print(f"megatron_dft: running on the CPU over gloo (megatron-core {release})", flush=True)
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    if _is_first_local_rank():
+        from megatron_dft import data_provider
+
+        data_provider.prepare(args)
+    return args
+
+
+def _train(args: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_dft import compat, model, output
+    from megatron_dft.data_provider import datasets_provider
+    from megatron_dft.forward_step import forward_step
+
+    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+    compat.fail_on_silent_exits()
+    handle = model.ModelHandle()
+    config = model.model_config(args, handle)
+    out = output.Output(args, handle)
+    out.install()
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    out.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

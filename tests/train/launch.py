@@ -1,0 +1,57 @@
+"""Run `megatron_dft.train` on N gloo ranks inside the test's own fork server, and hear every figure."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import run_ranks
+
+
+def _rank(argv: list[str]) -> tuple[int, list[dict[str, float]]]:
+    from megatron_dft import progress, train
+
+    heard: list[dict[str, float]] = []
+    plain = progress.Progress.log
+
+    def log(self: Any, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        if losses:
+            heard.append({name: float(value) for name, value in losses.items()})
+            heard[-1]["grad_norm"] = float(call["grad_norm"])
+        plain(self, losses, call)
+
+    progress.Progress.log = log  # type: ignore[method-assign]
+    return train.main(argv), heard
+
+
+def run_train(world_size: int, *argv: str, timeout: float = 300) -> list[dict[str, float]]:
+    """Train on `world_size` ranks; the figures of each step, of the last rank. Exit status 0."""
+    results = run_ranks(_rank, world_size, list(argv), init=False, timeout=timeout)
+    assert [code for code, _ in results] == [0] * world_size
+    return results[-1][1]
+
+
+def flags(model: Path, data: Path, **given: Any) -> list[str]:
+    """Command line of a short run on a tiny model; `given` overrides, None drops, True is bare."""
+    values: dict[str, Any] = {
+        "hf_model": model,
+        "train_data": data,
+        "seq_length": 64,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "train_iters": 5,
+        "lr": 1e-3,
+        "min_lr": 1e-3,
+        "lr_decay_style": "constant",
+        "clip_grad": 1.0,
+        "weight_decay": 0.01,
+        "make_vocab_size_divisible_by": 8,
+        "num_workers": 0,
+        **given,
+    }
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+    return words
