@@ -1,0 +1,124 @@
+"""Sums over the entries of an update Δ = tuned - base; they add up over blocks and tensors."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_dft.drift import histogram
+
+BLOCK = 1 << 17  # elements: three float32 blocks stay in a core's L2 cache
+SMALL = 1e-5  # |Δ| at or below counts as unchanged (second definition of sparsity)
+
+
+@dataclass
+class Moments:
+    """Sums over entries; `merge` joins two sets of entries."""
+
+    count: int = 0
+    base_sq: float = 0.0
+    delta_sq: float = 0.0
+    delta_sum: float = 0.0
+    delta_abs_sum: float = 0.0
+    delta_max: float = 0.0
+    unchanged_bf16: int = 0
+    unchanged_small: int = 0
+    histogram: np.ndarray = field(
+        default_factory=lambda: np.zeros(histogram.BUCKETS, dtype=np.int64)
+    )
+
+    def merge(self, other: "Moments") -> None:
+        self.count += other.count
+        self.base_sq += other.base_sq
+        self.delta_sq += other.delta_sq
+        self.delta_sum += other.delta_sum
+        self.delta_abs_sum += other.delta_abs_sum
+        self.delta_max = max(self.delta_max, other.delta_max)
+        self.unchanged_bf16 += other.unchanged_bf16
+        self.unchanged_small += other.unchanged_small
+        self.histogram += other.histogram
+
+    def statistics(self) -> dict[str, float | int | None]:
+        """The numbers of a report's row. Norms in the weights' units; shares in [0, 1]."""
+        n = max(self.count, 1)
+        buckets = histogram.occupied(self.histogram)
+        norm, base = self.delta_sq**0.5, self.base_sq**0.5
+        return {
+            "parameters": self.count,
+            "base_norm": base,
+            "update_norm": norm,
+            "relative_norm": norm / base if base else None,
+            "max_abs": self.delta_max,
+            "mean": self.delta_sum / n,
+            "mean_abs": self.delta_abs_sum / n,
+            "unchanged_bf16": self.unchanged_bf16 / n,
+            "unchanged_1e-5": self.unchanged_small / n,
+            "top1pct_share": histogram.top_share(*buckets),
+            "gini": histogram.gini(*buckets),
+        }
+
+
+def dot(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Σ x·y of two float32 blocks; in double where float32 would under- or overflow."""
+    value = float(torch.dot(x, y))
+    return value if 1e-20 < abs(value) < 1e30 else float(torch.dot(x.double(), y.double()))
+
+
+class BlockStatistics:
+    """Adds blocks to `Moments`, in buffers of its own (one instance a thread)."""
+
+    def __init__(self) -> None:
+        self._absolute = torch.empty(BLOCK)
+        self._bits = torch.empty(BLOCK, dtype=torch.int32)
+        self._mask = np.empty(BLOCK, dtype=bool)
+        self._rounded = [torch.empty(BLOCK, dtype=torch.bfloat16) for _ in range(2)]
+
+    def add(
+        self, to: Moments, base: torch.Tensor, delta: torch.Tensor, tuned: torch.Tensor, bf16: bool
+    ) -> bool:
+        """Add one block to `to`; False (and `to` spoilt) if it holds NaN or infinity.
+
+        base, delta, tuned: float32 [n], n ≤ BLOCK, not changed. `bf16`: both were stored in
+        bfloat16, so unchanged at bfloat16 resolution means Δ = 0. Subnormal float32 entries may
+        count as changed.
+        """
+        n = delta.numel()
+        absolute, mask = self._absolute[:n], self._mask[:n]
+        torch.abs(delta, out=absolute)
+        total = float(absolute.sum())
+        if not np.isfinite(total) and not bool(torch.isfinite(delta).all()):
+            return False
+        to.count += n
+        to.base_sq += dot(base, base)
+        to.delta_sq += dot(delta, delta)
+        wide = not np.isfinite(total)  # finite entries whose float32 sum overflows
+        to.delta_sum += float(delta.double().sum() if wide else delta.sum())
+        to.delta_abs_sum += float(absolute.double().sum()) if wide else total
+        to.delta_max = max(to.delta_max, float(absolute.numpy().max(initial=0.0)))
+        np.less_equal(absolute.numpy(), np.float32(SMALL), out=mask)
+        to.unchanged_small += int(np.count_nonzero(mask))
+        to.unchanged_bf16 += self._same(base, delta, tuned, bf16)
+        counts = histogram.count(absolute, self._bits[:n])
+        to.histogram[: len(counts)] += counts
+        return True
+
+    def _same(
+        self, base: torch.Tensor, delta: torch.Tensor, tuned: torch.Tensor, bf16: bool
+    ) -> int:
+        n = delta.numel()
+        mask = self._mask[:n]
+        if bf16:
+            np.equal(delta.numpy(), 0, out=mask)
+            return int(np.count_nonzero(mask))
+        left, right = (r[:n] for r in self._rounded)
+        left.copy_(base)
+        right.copy_(tuned)
+        np.equal(left.view(torch.int16).numpy(), right.view(torch.int16).numpy(), out=mask)
+        same = int(np.count_nonzero(mask))
+        # +0 and -0 have different bits but are equal; only blocks with zeros can hold such pairs.
+        np.equal(base.numpy(), 0, out=mask)
+        if mask.any():
+            zeros = mask & (tuned.numpy() == 0)
+            signs = np.signbit(base.numpy()) != np.signbit(tuned.numpy())
+            same += int(np.count_nonzero(zeros & signs))
+        return same
