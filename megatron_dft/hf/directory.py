@@ -4,6 +4,7 @@ Everything goes into a hidden directory beside the target; config.json and the w
 last; then files and directory are flushed and the directory is renamed into place.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -136,12 +137,24 @@ def _flush(path: Path) -> None:
 
 
 def _replace(staging: Path, out_dir: Path) -> None:
-    old = out_dir.parent / f".{out_dir.name}.replaced"
-    if old.exists():
-        shutil.rmtree(old)
-    if out_dir.exists():
-        os.rename(out_dir, old)
-    os.rename(staging, out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        if _exchange(staging, out_dir):
+            shutil.rmtree(staging)  # now the old directory
+        else:  # a file system without the exchange: for a moment no directory of that name exists
+            old = out_dir.parent / f".{out_dir.name}.replaced"
+            os.rename(out_dir, old)
+            os.rename(staging, out_dir)
+            shutil.rmtree(old)
+    else:
+        os.rename(staging, out_dir)
     _flush(out_dir.parent)
-    if old.exists():
-        shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (Linux renameat2); False where kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0

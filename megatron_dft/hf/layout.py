@@ -72,7 +72,7 @@ def _check_layers(
                 raise ValueError(f"{flag} needs --pipeline-model-parallel-size > 1; it is 1")
             said += f" and {flag}"
             rest, middle = rest - count, middle - 1
-    if rest < 0 or (middle == 0 and rest != 0) or (middle > 0 and rest % middle):
+    if rest < middle or (middle == 0 and rest != 0) or (middle > 0 and rest % middle):
         raise ValueError(
             f"--pipeline-model-parallel-size {stages}{said}: {rest} of the model's {layers} "
             "layers are "

@@ -19,6 +19,8 @@ def start(tp: int = 1, pp: int = 1, vpp: int | None = None, **others: int) -> No
 
     from megatron_dft.cpu.runtime import activate
 
+    if parallel_state.model_parallel_is_initialized():
+        return
     activate()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
