@@ -33,52 +33,35 @@ def _trained_backend(specials: tuple[str, ...], plain: tuple[str, ...]) -> str:
     return backend.to_str()
 
 
-class Family:
-    """A chat template with what it needs: special tokens, eos, and how an answer must look.
-
-    turn(content) is the text that must train for an assistant message: what the template puts
-    behind its generation prompt, up to and with the end-of-turn token.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        template: str,
-        specials: list[str],
-        eos: str,
-        end: str,
-        bos: str | None = None,
-        plain: tuple[str, ...] = (),
-        lead: str = "",
-        trims: bool = False,
-        system: bool = True,
-        tools: bool = False,
-    ) -> None:
-        self.name, self.template, self.end, self.lead = name, template, end, lead
-        self.specials, self.eos, self.bos, self.plain = tuple(specials), eos, bos, plain
-        self.trims, self.system, self.tools = trims, system, tools
-
-    def tokenizer(self) -> Any:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(_trained_backend(self.specials, self.plain)),
-            eos_token=self.eos,
-            bos_token=self.bos,
-            clean_up_tokenization_spaces=False,
-        )
-        tokenizer.chat_template = self.template
-        return tokenizer
-
-    def turn(self, content: str) -> str:
-        return self.lead + (content.strip() if self.trims else content) + self.end
+def byte_level_tokenizer(
+    template: str,
+    specials: tuple[str, ...],
+    eos: str,
+    bos: str | None = None,
+    plain: tuple[str, ...] = (),
+) -> Any:
+    """A transformers fast tokenizer; `plain` are added tokens that are not special."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_backend(specials, plain)),
+        eos_token=eos,
+        bos_token=bos,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-CHATML = Family(
-    "chatml",
+CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>", end="<|im_end|>",
-)  # fmt: skip
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def chatml_tokenizer() -> Any:
+    """A plain ChatML tokenizer without a pad token; its eos ends the turns."""
+    return byte_level_tokenizer(CHATML_TEMPLATE, CHATML_SPECIALS, eos="<|im_end|>")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:

@@ -5,12 +5,12 @@ import torch
 
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.tokenizer import load_tokenizer
-from tests.data.fixtures import CHATML, chat, write_jsonl
+from tests.data.fixtures import CHATML_TEMPLATE, chat, chatml_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return CHATML.tokenizer()
+    return chatml_tokenizer()
 
 
 def _rows(count):
@@ -126,11 +126,11 @@ def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path / "whole")
-    assert load_tokenizer(tmp_path / "whole").chat_template == CHATML.template
-    bare = CHATML.tokenizer()
+    assert load_tokenizer(tmp_path / "whole").chat_template == CHATML_TEMPLATE
+    bare = chatml_tokenizer()
     bare.chat_template = None
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no chat template; give one with --chat-template"):
         load_tokenizer(tmp_path / "bare")
-    (tmp_path / "t.jinja").write_text(CHATML.template)
-    assert load_tokenizer(tmp_path / "bare", tmp_path / "t.jinja").chat_template == CHATML.template
+    (tmp_path / "t.jinja").write_text(CHATML_TEMPLATE)
+    assert load_tokenizer(tmp_path / "bare", tmp_path / "t.jinja").chat_template == CHATML_TEMPLATE

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from megatron_dft.data import packing
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.order import EpochOrder, permutation
-from megatron_dft.data.packed import context_parallel_indices, packed_seq_fields
 from megatron_dft.data.row_plan import RowPlan
-from tests.data.fixtures import CHATML, chat, write_jsonl
+from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=120)
 
@@ -87,7 +86,7 @@ def test_a_cut_packing_cache_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return CHATML.tokenizer()
+    return chatml_tokenizer()
 
 
 def _rows(count):
@@ -143,25 +142,11 @@ def test_megatrons_batch_code_reads_packed_rows(tmp_path, tokenizer):
     data = build_dataset([path], tokenizer, seq_length=128, pad_multiple=4)
     rows = [data[0], data[1], data[2]]
     batch = flatten_batch_for_packed_sequences(default_collate(rows))
-    fields = packed_seq_fields(
-        batch["cu_seqlens"], batch["max_seqlen"], batch["cu_seqlens_padded"], 128
-    )
     borders = [0]
     for i, row in enumerate(rows):
         inner = [b for b in row["cu_seqlens"].tolist()[1:] if b < 128] + [128]
         borders += [i * 128 + b for b in inner]
-    assert fields["cu_seqlens_q"].tolist() == borders
-    assert fields["cu_seqlens_q_padded"].tolist() == borders
-    assert fields["max_seqlen_q"] == max(int(r["max_seqlen"]) for r in rows)
+    assert batch["cu_seqlens"].tolist() == batch["cu_seqlens_padded"].tolist() == [borders]
+    assert batch["max_seqlen"].item() == max(int(r["max_seqlen"]) for r in rows)
     assert batch["tokens"].shape == batch["labels"].shape == (1, 3 * 128)
     assert torch.equal(batch["tokens"][0, 128:256], rows[1]["tokens"])
-
-
-def test_context_parallel_ranks_share_every_segment_out_evenly():
-    borders = torch.tensor([[0, 8, 24]], dtype=torch.int32)
-    first = context_parallel_indices(borders, 2, 0)
-    second = context_parallel_indices(borders, 2, 1)
-    assert first.tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
-    assert sorted(first.tolist() + second.tolist()) == list(range(24))
-    with pytest.raises(ValueError, match="pad_multiple = 2 × --context-parallel-size"):
-        context_parallel_indices(torch.tensor([0, 6]), 2, 0)

@@ -1,0 +1,285 @@
+"""Masks against conversations written out by hand, for templates of every known kind."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED, ChatEncoder
+from megatron_dft.data.schema import RowError, parse_row
+from megatron_dft.data.tokenizer import encoder_spec
+from tests.data.families import FAMILIES
+from tests.data.fixtures import (
+    CHATML_SPECIALS,
+    CHATML_TEMPLATE,
+    byte_level_tokenizer,
+    chat,
+    chatml_tokenizer,
+)
+
+ENCODERS: dict[str, tuple] = {}
+
+
+def _encoder(name):
+    if name not in ENCODERS:
+        tokenizer = FAMILIES[name].tokenizer()
+        ENCODERS[name] = tokenizer, ChatEncoder(encoder_spec(tokenizer))
+    return ENCODERS[name]
+
+
+def _encode(encoder, row):
+    return encoder.encode(encoder.render(parse_row(row, None)))
+
+
+def _byte_lengths(tokenizer, ids):
+    """Bytes that each token stands for, from the byte-level vocabulary itself."""
+    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return [len(t.encode()) if t in special else len(t) for t in tokens]
+
+
+def _assert_trains_exactly(tokenizer, flagged, pieces):
+    """`flagged` is the text of the pieces up to the last one that trains, and trains just those."""
+    while not pieces[-1][1]:
+        pieces = pieces[:-1]
+    ids = (flagged & ID_MASK).astype(np.int64)
+    text = "".join(t for t, _ in pieces)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    trains = np.concatenate([np.full(len(t.encode()), trained) for t, trained in pieces])
+    at = 0
+    for token, length in enumerate(_byte_lengths(tokenizer, ids)):
+        want = set(trains[at : at + length].tolist())
+        assert want == {bool(flagged[token] & SUPERVISED)}, (token, text.encode()[at : at + length])
+        at += length
+    assert at == len(text.encode())
+
+
+def _assert_conversation(name, messages, **row):
+    family = FAMILIES[name]
+    tokenizer, encoder = _encoder(name)
+    got = _encode(encoder, {"messages": messages, **row})
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if family.rewrites and len(got) > 1:
+        assert len(got) == len(turns)
+        for flagged, turn in zip(got, turns, strict=True):
+            _assert_trains_exactly(tokenizer, flagged, family.pieces(messages[: turn + 1]))
+    else:
+        assert len(got) == 1
+        _assert_trains_exactly(tokenizer, got[0], family.pieces(messages))
+    return got
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_every_family_trains_exactly_the_answers_and_their_ends(name, system, turns):
+    if system and not FAMILIES[name].system:
+        return
+    contents = ["What is 12 + 7?", "It is 19.\n\nDone", "And 2?", "  two  ", "Ok", "Bye 🙂"]
+    _assert_conversation(name, chat(*contents[: 2 * turns], system=system))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.tools])
+def test_tool_calls_train_and_their_answers_do_not(name):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 12, "b": "é"}}}
+    messages = [
+        {"role": "user", "content": "12 + é?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": '{"result": 19}'},
+        {"role": "tool", "content": "again"},
+        {"role": "assistant", "content": "19"},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "welcome"},
+    ]
+    _assert_conversation(name, messages)
+
+
+def test_reasoning_survives_in_the_sample_of_its_own_turn():
+    messages = chat("1+1?", "2", "2+2?", "4")
+    for m, thought in zip(messages, ["", "one and one", "", "two and two"], strict=True):
+        if thought:
+            m["reasoning_content"] = thought
+    got = _assert_conversation("qwen3", messages)
+    tokenizer, _ = _encoder("qwen3")
+    texts = [tokenizer.decode((f & ID_MASK)[(f & SUPERVISED) != 0]) for f in got]
+    assert texts == [
+        "<think>\none and one\n</think>\n\n2<|im_end|>",
+        "<think>\ntwo and two\n</think>\n\n4<|im_end|>",
+    ]
+
+
+def test_a_template_that_rewrites_can_be_refused():
+    tokenizer, _ = _encoder("qwen3")
+    encoder = ChatEncoder(encoder_spec(tokenizer, rewrites="refuse"))
+    assert len(_encode(encoder, {"messages": chat("a", "b")})) == 1
+    with pytest.raises(RowError, match="rewrites an earlier turn .* --chat-rewrites per-turn"):
+        _encode(encoder, {"messages": chat("a", "b", "c", "d")})
+
+
+SAFE = st.text(
+    st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0<[|"),
+    min_size=1,
+    max_size=30,
+).filter(lambda t: t.strip())
+SPACED = st.tuples(
+    st.sampled_from(["", " ", "\n", "\n\n", "\t"]), SAFE, st.sampled_from(["", "\n"])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SPACED.map("".join), min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_text_trains_exactly(name, contents):
+    _assert_conversation(name, chat(*contents))
+
+
+def test_newlines_that_would_merge_with_the_header_are_the_answers_own():
+    tokenizer = chatml_tokenizer()
+    encoder = ChatEncoder(encoder_spec(tokenizer))
+    assert len(tokenizer("\n\n")["input_ids"]) == 1, "the fixture must be able to merge newlines"
+    (flagged,) = _encode(encoder, {"messages": chat("q", "\nanswer")})
+    trained = (flagged & ID_MASK)[(flagged & SUPERVISED) != 0]
+    assert tokenizer.decode(trained) == "\nanswer<|im_end|>"
+    # As at inference: the prompt is tokenised alone, then the answer follows.
+    prompt = tokenizer.apply_chat_template(
+        chat("q"), add_generation_prompt=True, return_dict=False, tokenize=True
+    )
+    assert (flagged & ID_MASK)[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}])
+def test_a_turn_can_be_left_out(switch):
+    tokenizer, encoder = _encoder("llama3")
+    messages = chat("a", "first", "b", "second", "c", "third")
+    for left_out, kept in ((1, "second|third"), (3, "first|third"), (5, "first|second")):
+        marked = [dict(m, **(switch if i == left_out else {})) for i, m in enumerate(messages)]
+        (flagged,) = _encode(encoder, {"messages": marked})
+        trained = tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
+        assert trained == kept.replace("|", "<|eot_id|>") + "<|eot_id|>"
+
+
+MARKED = CHATML_TEMPLATE.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+)
+
+
+def _marked(template=MARKED):
+    tokenizer = byte_level_tokenizer(template, CHATML_SPECIALS, eos="<|im_end|>")
+    return tokenizer, ChatEncoder(encoder_spec(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "contents", [("Hi", "Hello"), ("a", "b c\n\nd", "e", " f 🙂"), ("q", "\nx")]
+)
+def test_generation_marks_train_what_transformers_says(contents):
+    tokenizer, encoder = _marked()
+    messages = chat(*contents, system="s")
+    # transformers loses a turn that begins with a space where the offsets are trimmed.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    expected = tokenizer.apply_chat_template(
+        messages, return_assistant_tokens_mask=True, return_dict=True
+    )
+    (flagged,) = _encode(encoder, {"messages": messages})
+    if not contents[1].startswith("\n"):
+        assert (flagged & ID_MASK).tolist() == expected["input_ids"][: len(flagged)]
+        mask = ((flagged & SUPERVISED) != 0).astype(int).tolist()
+        assert mask == expected["assistant_masks"][: len(flagged)]
+        assert not any(expected["assistant_masks"][len(flagged) :])
+    plain = ChatEncoder(encoder_spec(chatml_tokenizer()))
+    assert _encode(plain, {"messages": messages})[0].tolist() == flagged.tolist()
+
+
+def test_marks_honour_turns_that_are_left_out():
+    tokenizer, encoder = _marked()
+    messages = chat("a", "b", "c", "d")
+    messages[1]["train"] = False
+    (flagged,) = _encode(encoder, {"messages": messages})
+    assert tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0]) == "d<|im_end|>"
+
+
+def test_marks_inside_a_macro_are_where_the_text_lands():
+    head, rest = MARKED.split("{% generation %}")
+    body, tail = rest.split("{% endgeneration %}")
+    macro = "{% macro said(message) %}{% generation %}" + body + "{% endgeneration %}{% endmacro %}"
+    tokenizer, encoder = _marked(macro + head + "{{ said(message) }}" + tail)
+    _, direct = _marked()
+    row = {"messages": chat("a", "b c", "d", "e")}
+    assert _encode(encoder, row)[0].tolist() == _encode(direct, row)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "template, fault",
+    [
+        (MARKED.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen").replace(
+            "{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"),
+         "generation marks leave out '<|im_end|>'"),
+        (CHATML_TEMPLATE.replace("'<|im_end|>'", "''").replace("'<|im_start|>'", "'# '"),
+         "writes no special token behind an assistant turn"),
+        ("{{ raise_exception('never') }}", "cannot render a plain two-turn conversation: .*never"),
+        ("{{ 'constant' }}", "does not print the messages"),
+        ("{% for m in messages %}", "not valid Jinja: line 1"),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_give_a_right_mask_are_refused(template, fault):
+    with pytest.raises(ValueError, match=fault):
+        _marked(template)
+
+
+def test_a_prompt_that_does_not_begin_the_turn_is_refused():
+    prompt = "{{ '<|im_start|>assistant\n' }}"
+    tokenizer, encoder = _marked(
+        CHATML_TEMPLATE.replace(prompt, "{{ '<|im_start|>assistant\n<think>\n' }}")
+    )
+    with pytest.raises(RowError, match="generation prompt does not begin its rendering"):
+        _encode(encoder, {"messages": chat("a", "b")})
+
+
+def test_todays_date_is_refused_until_it_is_fixed():
+    dated = (
+        "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML_TEMPLATE
+    )
+    with pytest.raises(ValueError, match="--template-date YYYY-MM-DD"):
+        _marked(dated)
+    tokenizer = byte_level_tokenizer(dated, CHATML_SPECIALS, eos="<|im_end|>")
+    encoder = ChatEncoder(encoder_spec(tokenizer, template_date="2024-07-26"))
+    (flagged,) = _encode(encoder, {"messages": chat("a", "b")})
+    assert "26 Jul 2024" in tokenizer.decode(flagged & ID_MASK)
+
+
+def test_what_the_template_refuses_is_a_bad_row():
+    _, encoder = _encoder("gemma")
+    with pytest.raises(RowError, match="the chat template refuses it: System role not supported"):
+        _encode(encoder, {"messages": chat("a", "b", system="s")})
+
+
+def test_variables_reach_the_template():
+    template = "{% if shout %}{{ '!' }}{% endif %}" + CHATML_TEMPLATE
+    tokenizer = byte_level_tokenizer(template, CHATML_SPECIALS, eos="<|im_end|>")
+    encoder = ChatEncoder(encoder_spec(tokenizer, template_args={"shout": True}))
+    (flagged,) = _encode(encoder, {"messages": chat("a", "b")})
+    assert tokenizer.decode(flagged & ID_MASK).startswith("!")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendering_is_transformers_own(name):
+    tokenizer, encoder = _encoder(name)
+    tools = [{"type": "function", "function": {"name": "f", "description": "<é>"}}]
+    for messages in (chat("Hi <b>", "Ho & é"), chat("a\n", " b", "c", "d")):
+        for given_tools in (None, tools if FAMILIES[name].tools else None):
+            for prompt in (False, True):
+                ours = encoder.template.render(messages, given_tools, add_generation_prompt=prompt)
+                theirs = tokenizer.apply_chat_template(
+                    messages, tools=given_tools, tokenize=False, add_generation_prompt=prompt
+                )
+                assert ours == theirs
+
+
+def test_the_spec_is_plain_data():
+    spec = encoder_spec(chatml_tokenizer())
+    assert json.loads(json.dumps(spec.__dict__, default=dict))["rewrites"] == "per-turn"
