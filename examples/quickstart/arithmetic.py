@@ -34,8 +34,12 @@ TRAIN_TEMPLATES = {
         "How many {thing} does {name} have?",
         "There are {a} rows of {b} {thing}. {name} puts {c} extra {thing} on the table. "
         "How many {thing} are there in all?",
-        "{name} fills {a} bags with {b} {thing} each. Then {c} more {thing} arrive. "
+        "{name} had {c} {thing}. Then {name} filled {a} bags with {b} {thing} each. "
         "How many {thing} are there now?",
+        "{a} friends give {name} {b} {thing} each, and {name} makes {c} more. "
+        "How many {thing} is that in total?",
+        "Besides {c} loose {thing}, there are {a} bundles of {b} {thing}. "
+        "How many {thing} are there altogether?",
     ),
     "product minus": (
         "{name} has {a} packs of {b} {thing}. {name} gives away {c} {thing}. "
@@ -44,6 +48,10 @@ TRAIN_TEMPLATES = {
         "How many {thing} remain in the shop?",
         "{name} carries {a} baskets of {b} {thing}, but {c} {thing} fall out. "
         "How many {thing} does {name} still have?",
+        "Every month for {a} months {name} saves {b} {thing}. Then {c} {thing} get lost. "
+        "How many {thing} does {name} have?",
+        "There are {b} {thing} in each of {a} drawers. Visitors borrow {c} of the {thing}. "
+        "How many {thing} are still there?",
     ),
     "sum minus": (
         "{name} has {a} {thing} and gets {b} more. Then {name} loses {c} {thing}. "
@@ -52,6 +60,10 @@ TRAIN_TEMPLATES = {
         "How many {thing} are left?",
         "{name} finds {a} {thing} in the morning and {b} at noon, and sells {c} in the evening. "
         "How many {thing} remain?",
+        "A sister gave {name} {a} {thing} and a brother {b}. Later {c} of them went missing. "
+        "How many {thing} were not missing?",
+        "{name} put {a} old and {b} new {thing} in a bag. {c} {thing} fell out. "
+        "How many {thing} stayed in the bag?",
     ),
     "sum times": (
         "Each box holds {a} red {thing} and {b} blue {thing}. {name} has {c} boxes. "
@@ -60,6 +72,10 @@ TRAIN_TEMPLATES = {
         "How many {thing} does {name} make in {c} days?",
         "{name} packs {a} big and {b} small {thing} into every bag. "
         "How many {thing} are in {c} bags?",
+        "{c} friends own {a} round {thing} and {b} square {thing} each. "
+        "How many {thing} do the friends own together?",
+        "A set has {a} {thing}, with {b} spare {thing} added. {name} orders {c} sets. "
+        "How many {thing} arrive?",
     ),
 }
 

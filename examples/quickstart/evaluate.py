@@ -7,7 +7,6 @@ Greedy decoding on CPU in fp32; prompt and decoding are the same for every model
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -122,7 +121,6 @@ def main() -> None:
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     scores = evaluate(args.model, args.data, args.batch_size, args.max_new_tokens)
     partial = args.out.with_suffix(".part")
     partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
