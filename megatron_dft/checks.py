@@ -124,7 +124,9 @@ def _check_run_length(args: argparse.Namespace) -> None:
     if args.seq_length is None:
         raise ValueError("--seq-length: expected the tokens of a row, got none")
     if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise ValueError("--train-iters: expected the number of steps (or --train-samples), got none")
+        raise ValueError(
+            "--train-iters: expected the number of steps (or --train-samples), got none"
+        )
     if args.lr is None and not args.skip_train:
         raise ValueError("--lr: expected a learning rate, got none; the paper's is 5e-5")
     longest = args.max_position_embeddings

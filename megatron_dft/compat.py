@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+
 def check_release() -> str:
     """The installed megatron-core release; ValueError if it is not one that this package drives."""
     release = version("megatron-core")
@@ -42,6 +43,7 @@ def on_training_log(before: Callable[[dict[str, Any], dict[str, Any]], None]) ->
     `loss_dict` (name → mean of this step, last pipeline stage only) may be changed: Megatron logs what
     is left. `arguments` are those of training_log by name.
     """
+
     def make(original):
         signature = inspect.signature(original)
 

@@ -100,8 +100,14 @@ class Progress:
             for name, value in figures.items()
             if name.endswith(" loss") and name != CROSS_ENTROPY
         ]
-        names = {"dft/mean-prob": "p", "dft/mean-weight": "weight", "dft/token-accuracy": "accuracy"}
-        parts += [f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures]
+        names = {
+            "dft/mean-prob": "p",
+            "dft/mean-weight": "weight",
+            "dft/token-accuracy": "accuracy",
+        }
+        parts += [
+            f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures
+        ]
         if call.get("grad_norm") is not None:
             parts.append(f"grad {float(call['grad_norm']):.3g}")
         if call.get("learning_rate") is not None:

@@ -69,7 +69,9 @@ def _configure(argv: Sequence[str]) -> Any:
 
         runtime.activate()
         if os.environ["RANK"] == "0":
-            print(f"megatron_dft: running on the CPU over gloo (megatron-core {release})", flush=True)
+            print(
+                f"megatron_dft: running on the CPU over gloo (megatron-core {release})", flush=True
+            )
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(extra_args_provider=add_arguments)

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from tests.ranks import run_ranks
 
 
 def _rank(argv: list[str]) -> tuple[int, list[dict[str, float]]]:
-    from megatron_dft import progress, train
+    from megatron_dft import progress, report, train
 
     heard: list[dict[str, float]] = []
     plain = progress.Progress.log
@@ -15,6 +18,8 @@ def _rank(argv: list[str]) -> tuple[int, list[dict[str, float]]]:
     def log(self: Any, losses: dict[str, Any], call: dict[str, Any]) -> None:
         if losses:
             heard.append({name: float(value) for name, value in losses.items()})
+            # A mean over context-parallel ranks too: the one figure that depends on the layout.
+            heard[-1].pop(report.TOKENS)
             heard[-1]["grad_norm"] = float(call["grad_norm"])
         plain(self, losses, call)
 
@@ -55,3 +60,20 @@ def flags(model: Path, data: Path, **given: Any) -> list[str]:
         if value is not True:
             words += [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
     return words
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of an exported checkpoint; each pipeline stage wrote files of its own."""
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def largest_relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The worst tensor's ‖got − expected‖ / ‖expected‖; the names must be the same."""
+    assert got.keys() == expected.keys()
+    return max(
+        float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected
+    )

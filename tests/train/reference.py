@@ -1,0 +1,72 @@
+"""The same fine-tuning in plain torch and transformers: what Megatron's loop has to agree with.
+
+Written from the formulas: DFT's loss is −sg(p)·log p summed over the supervised tokens of the global
+batch and divided by their number; AdamW with Megatron's hyper-parameters; no weight decay on norms.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def read_rows(model: Path, data: Path) -> list[tuple[list[int], list[int]]]:
+    """(token ids, 1 where the token belongs to an assistant turn) of each conversation."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = []
+    for line in data.read_text().splitlines():
+        ids: list[int] = []
+        trained: list[int] = []
+        for message in json.loads(line)["messages"]:
+            head = tokenizer.encode(f"<|im_start|>{message['role']}\n", add_special_tokens=False)
+            body = tokenizer.encode(f"{message['content']}<|im_end|>", add_special_tokens=False)
+            tail = tokenizer.encode("\n", add_special_tokens=False)
+            mine = int(message["role"] == "assistant")
+            ids += head + body + tail
+            trained += [0] * len(head) + [mine] * len(body) + [0] * len(tail)
+        rows.append((ids, trained))
+    return rows
+
+
+def dft_loss(logits, labels, mask):
+    """Σ −sg(p)·log p over the supervised tokens of one conversation, [s, V], [s], [s] → scalar."""
+    log_p = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    return (-(log_p.detach().exp()) * log_p * mask).sum()
+
+
+def train(model_directory, batches, loss=dft_loss, *, lr=1e-3, clip=1.0, normaliser=None):
+    """Losses (plain cross entropy a step) and the trained state dict.
+
+    batches: per step, a list of (ids, trained) conversations. normaliser: None for the number of
+    supervised tokens, or a function of (Σp, number).
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    curve = []
+    for batch in batches:
+        optimizer.zero_grad()
+        number, cross_entropy, mass = 0, 0.0, 0.0
+        total = torch.zeros(())
+        for ids, trained in batch:
+            tokens = torch.tensor(ids)
+            mask = torch.tensor(trained[1:], dtype=torch.float32)
+            logits = model(tokens[None, :-1]).logits[0]
+            labels = tokens[1:]
+            total = total + loss(logits, labels, mask)
+            ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * mask
+            cross_entropy += float(ce.detach().sum())
+            mass += float((torch.exp(-ce.detach()) * mask).sum())
+            number += int(mask.sum())
+        (total / (number if normaliser is None else normaliser(mass, number))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        curve.append(cross_entropy / number)
+    return curve, model.state_dict()
