@@ -1,7 +1,8 @@
 """Token accuracy on vocabulary shards: is the target the model's first choice?
 
-The training loop's loss function sees the cross entropy alone. This reads the logits a moment before
-Megatron's cross entropy overwrites them: the largest logit and the target's, one all-reduce for both.
+The training loop's loss function sees the cross entropy alone. This reads the logits a moment
+before Megatron's cross entropy overwrites them: the largest logit and the target's, one all-reduce
+for both.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def first_choice(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Te
 
 
 def watch(model: Any) -> None:
-    """Make a GPTModel's last stage leave `first_choice` of each micro-batch in `model.dft_correct`."""
+    """Leave `first_choice` of each micro-batch in `model.dft_correct` (a last stage's GPTModel)."""
     plain = model.compute_language_model_loss
 
     def compute_language_model_loss(labels: Tensor, logits: Tensor) -> Tensor:

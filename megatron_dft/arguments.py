@@ -1,8 +1,8 @@
 """Our flags beside Megatron's, and every check of a user's settings before anything is built.
 
 `add_arguments` is the `extra_args_provider` of Megatron's parser. It parses the command line once
-itself, so that it can tell the flags that were given from defaults: what the Hugging Face config and
-the device decide becomes a default, and a given flag that contradicts them is an error.
+itself, so that it can tell the flags that were given from defaults: what the Hugging Face config
+and the device decide becomes a default, and a given flag that contradicts them is an error.
 """
 
 import argparse

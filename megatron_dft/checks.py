@@ -75,7 +75,7 @@ def check(
     checkpoint: HFCheckpoint | None,
     objective: Objective,
 ) -> None:
-    """All refusals that need more than one flag. `args` are parsed, not yet validated by Megatron."""
+    """Every refusal; `args` are parsed, not yet validated by Megatron."""
     for dest, (rule, why) in _REFUSED.items():
         if _is_refused(getattr(args, dest, None), rule):
             raise ValueError(f"{flag_of(dest)}: {why}")
@@ -116,7 +116,8 @@ def _check_sources(args: argparse.Namespace, checkpoint: HFCheckpoint | None) ->
         raise ValueError("--train-data: expected at least one file of conversations, got none")
     if args.eval_iters and not args.valid_data:
         raise ValueError(
-            f"--eval-iters {args.eval_iters}: needs --valid-data, got none; give it or drop the flag"
+            f"--eval-iters {args.eval_iters}: needs --valid-data, "
+            "got none; give it or drop the flag"
         )
 
 

@@ -1,7 +1,7 @@
 """The one module that knows Megatron's releases and works round what they get wrong.
 
-Each work-round names its reason, is applied once, and fails loudly where the symbol it needs is gone.
-Tested with megatron-core 0.19.2.
+Each work-round names its reason, is applied once, and fails loudly where the symbol it needs is
+gone. Tested with megatron-core 0.19.2.
 """
 
 import functools
@@ -40,8 +40,8 @@ def _replace(module_name: str, name: str, make: Callable[[Callable], Callable]) 
 def on_training_log(before: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
     """Call `before(loss_dict, arguments)` ahead of each of Megatron's log calls.
 
-    `loss_dict` (name → mean of this step, last pipeline stage only) may be changed: Megatron logs what
-    is left. `arguments` are those of training_log by name.
+    `loss_dict` (name → mean of this step, last pipeline stage only) may be changed: Megatron logs
+    what is left. `arguments` are those of training_log by name.
     """
 
     def make(original):
@@ -72,7 +72,7 @@ def after_training_step(callback: Callable[[list[Any], int], None]) -> None:
 
 
 def sync_parameters(model: list[Any], args: Any) -> None:
-    """Finish the distributed optimizer's overlapped parameter gather, so that weights can be read."""
+    """Finish the distributed optimizer's overlapped parameter gather: weights will be read."""
     from megatron.training import training
 
     if training.should_disable_forward_pre_hook(args):

@@ -1,8 +1,9 @@
 """Which tokens of a row a context-parallel rank holds.
 
 Megatron cuts every sequence into 2·cp chunks and gives rank r the chunks r and 2·cp−1−r, so that
-causal work is balanced (core/utils.py, get_batch_on_this_cp_rank). A packed row is cut so conversation
-by conversation. Transformer Engine's attention expects this order; so does the CPU attention.
+causal work is balanced (core/utils.py, get_batch_on_this_cp_rank). A packed row is cut so
+conversation by conversation. Transformer Engine's attention expects this order; so does the CPU
+attention.
 """
 
 import torch
@@ -14,8 +15,8 @@ def token_indices(
 ) -> Tensor:
     """Global positions [length / size] of the tokens that `rank` of `size` holds.
 
-    `length`: global tokens of a row; `boundaries`: cu_seqlens [n+1] of a packed row (global, padded so
-    that each conversation divides by 2·size), or None for one sequence a row.
+    `length`: global tokens of a row; `boundaries`: cu_seqlens [n+1] of a packed row (global, padded
+    so that each conversation divides by 2·size), or None for one sequence a row.
     """
     edges = [0, length] if boundaries is None else boundaries.tolist()
     if edges[-1] < length:

@@ -1,8 +1,8 @@
 """Megatron's forward step: a batch in, the objective's loss and the report out.
 
-Route 1 of the loss: the model returns Megatron's vocabulary-parallel cross entropy, whose target logit
-and partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on every
-rank without another collective, and the weight is one elementwise multiply.
+Route 1 of the loss: the model returns Megatron's vocabulary-parallel cross entropy, whose target
+logit and partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on
+every rank without another collective, and the weight is one elementwise multiply.
 
 Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
 """
@@ -31,8 +31,8 @@ _PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
 def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
     """The next micro-batch of this data-parallel replica, on this rank's device.
 
-    Every rank of a replica reads the same rows itself (the data set is the same pure function of the
-    sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
+    Every rank of a replica reads the same rows itself (the data set is the same pure function of
+    the sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
 
     Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s], and for packed rows
     cu_seqlens, cu_seqlens_padded int32 [n+1] (global) and max_seqlen (int); b is 1 then.
@@ -76,7 +76,7 @@ def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
 
 
 def _segments(batch: dict[str, Any]) -> dict[str, Any]:
-    """Which conversation each token belongs to, for the objectives that weigh whole conversations."""
+    """Each token's conversation, for the objectives that weigh whole conversations."""
     if "cu_seqlens" not in batch:
         return {}
     boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
@@ -113,7 +113,7 @@ def loss_func(
     if model.training:
         token_loss, weight = objective(stats)
     else:
-        # A weighted loss in evaluation would select checkpoints by a figure that is not monotone in p.
+        # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
         token_loss, weight = torch.where(mask.bool(), cross_entropy, 0.0), None
     loss = token_loss.sum()
     count = mask.sum().to(torch.int)

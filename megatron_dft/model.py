@@ -1,4 +1,4 @@
-"""Megatron's model config for this run: our layers on CPU, Hugging Face weights in, hooks on the loss."""
+"""Megatron's model config for this run: Hugging Face weights in, hooks on the loss."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class ModelHandle:
 
 
 def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
-    """GPTModelConfig from Megatron's args, with what this project adds as hooks on the built model."""
+    """GPTModelConfig from Megatron's args; what this project adds are hooks on the built model."""
     config = gpt_config_from_args(args)
     # gpt_config_from_args leaves it at 8.0 whatever --rope-scaling-factor says (0.19.2).
     config.rope_scaling_factor = args.rope_scaling_factor

@@ -1,4 +1,4 @@
-"""What a run gives besides Megatron's log and checkpoints: progress lines and Hugging Face exports."""
+"""What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
 import hashlib
 import shlex

@@ -1,4 +1,4 @@
-"""One line a step that a person can read, beside Megatron's own log: rich on a terminal, else plain."""
+"""One line a step that a person can read: rich on a terminal, else plain."""
 
 import sys
 import time

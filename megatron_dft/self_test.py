@@ -1,8 +1,8 @@
 """The start-up self-test: does the objective's weight reach the gradient of this very model's loss?
 
-A fused cross entropy that ignores its upstream gradient, or assumes it uniform over tokens, turns DFT
-into SFT without a word. So before the first step the model's own loss function runs on random logits
-in its own vocabulary layout, and the gradient is compared with the dense formula.
+A fused cross entropy that ignores its upstream gradient, or assumes it uniform over tokens, turns
+DFT into SFT without a word. So before the first step the model's own loss function runs on random
+logits in its own vocabulary layout, and the gradient is compared with the dense formula.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def _gather_vocabulary(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reference_gradient(
     logits_TV: Tensor, labels_T: Tensor, upstream_T: Tensor, objective: Objective
 ) -> Tensor:
-    """d(Σ upstream · loss)/d(logits) from the dense formula w · (softmax − onehot), float64 [T, V]."""
+    """d(Σ upstream · loss)/d(logits) = upstream · w · (softmax − onehot), float64 [T, V]."""
     log_probs = logits_TV.double().log_softmax(-1)
     log_prob = log_probs.gather(-1, labels_T[:, None]).squeeze(-1)
     _, weight = objective(TokenStats(log_prob, torch.ones_like(log_prob)))

@@ -1,6 +1,6 @@
 """Fine-tune a Hugging Face model on Megatron's own training loop.
 
-    torchrun --nproc-per-node 8 -m megatron_dft.train --hf-model DIR --loss dft --train-data x.jsonl …
+    torchrun --nproc-per-node 8 -m megatron_dft.train --hf-model DIR --loss dft --train-data x …
 
 Every Megatron flag works; arguments.py lists ours.
 """

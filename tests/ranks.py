@@ -1,8 +1,8 @@
 """Run a function on N gloo ranks, each a process of its own, started in well under a second.
 
-Importing torch, transformers and Megatron costs 15 s a process. A fork server that has imported them
-once hands out ranks by fork; it has never run autograd, so the children may (forking pytest itself
-would leave torch's autograd engine unusable in the child).
+Importing torch, transformers and Megatron costs 15 s a process. A fork server that has imported
+them once hands out ranks by fork; it has never run autograd, so the children may (forking pytest
+itself would leave torch's autograd engine unusable in the child).
 """
 
 import datetime
@@ -96,10 +96,11 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` ranks and return their results in rank order.
 
-    `fn` is a module-level function of an importable test module; it, its arguments and its results are
-    pickled. With `init` the default gloo group is up; without it only RANK, WORLD_SIZE, MASTER_ADDR …
-    are set (Megatron's training loop brings up its own). What a rank prints is shown if it fails. The first rank's exception is raised here,
-    its traceback in the message; a rank that is still running after `timeout` seconds fails the test.
+    `fn` is a module-level function of an importable test module; it, its arguments and its results
+    are pickled. With `init` the default gloo group is up; without it only RANK, WORLD_SIZE,
+    MASTER_ADDR … are set (Megatron's training loop brings up its own). What a rank prints is shown
+    if it fails. The first rank's exception is raised here, its traceback in the message; a rank
+    that is still running after `timeout` seconds fails the test.
     """
     with tempfile.TemporaryDirectory() as directory:
         port = free_port()

@@ -1,8 +1,8 @@
 """Norm and core attention for the CPU: what Megatron's local layer spec lacks.
 
-Megatron's local spec is used as it is, with these two modules in the place of its norm (which asserts
-against sequence parallelism and zero-centred gamma) and its attention (no packed sequences, no context
-parallelism). Parameter names and torch_dist keys stay those of the local spec.
+Megatron's local spec is used as it is, with these two modules in the place of its norm (which
+asserts against sequence parallelism and zero-centred gamma) and its attention (no packed sequences,
+no context parallelism). Parameter names and torch_dist keys stay those of the local spec.
 
 Shape legend, all per rank: s sequence (s/cp under context parallelism, s/tp inside the norm under
 sequence parallelism), b micro-batch, n heads per tensor-parallel rank, g query groups per rank,
@@ -31,8 +31,8 @@ class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last axis, computed in fp32, right under sequence parallelism.
 
     Args: the builder protocol of Megatron's specs. `hidden_size` is the length of the last axis.
-    Input and output [..., hidden_size] in the model's dtype. With `layernorm_zero_centered_gamma` the
-    weight is an offset from 1 (Gemma).
+    Input and output [..., hidden_size] in the model's dtype. With `layernorm_zero_centered_gamma`
+    the weight is an offset from 1 (Gemma).
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Norm(torch.nn.Module):
 
 
 class Attention(MegatronModule):
-    """Causal grouped-query attention: sbhd or packed thd, sliding window, context parallelism, sinks.
+    """Causal attention: grouped queries, sbhd or packed thd, windows, context parallelism, sinks.
 
-    Keys and values of the whole sequence are gathered over the context-parallel group (their gradient
-    is reduce-scattered back); the mask comes from global positions. Takes the arguments of Megatron's
-    core attention modules; `attention_mask` is True where a key is hidden.
+    Keys and values of the whole sequence are gathered over the context-parallel group (their
+    gradient is reduce-scattered back); the mask comes from global positions. Takes the arguments of
+    Megatron's core attention modules; `attention_mask` is True where a key is hidden.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Attention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, n, d] or [t, n, d]; key, value [s, b, g, d] or [t, g, d] → [s, b, n·d] or [t, n·d]."""
+        """query [s, b, n, d], key and value [s, b, g, d] → [s, b, n·d]; packed: [t, …], no b."""
         assert attention_bias is None, "no attention bias in the CPU attention"
         packed = query.dim() == 3
         if packed:
@@ -157,7 +157,7 @@ class Attention(MegatronModule):
         return self.window is None and query.shape[0] == key.shape[0]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """[s, b, n, d] attends to [k, b, g, d]; `visible` [s, k] or [b, 1, s, k], None is causal."""
+        """[s, b, n, d] to [k, b, g, d]; `visible` [s, k] or [b, 1, s, k], None: causal."""
         repeat = query.shape[2] // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if repeat > 1:

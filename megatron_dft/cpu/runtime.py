@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the table of replacements is wide)
 """Run Megatron's CUDA-only training loop on CPU with gloo: one table of replacements, reversible.
 
 Megatron-Core 0.19 asks torch.cuda for a device, streams, random states and memory figures, and asserts

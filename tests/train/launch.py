@@ -1,4 +1,4 @@
-"""Run `megatron_dft.train` on N gloo ranks inside the test's own fork server, and hear every figure."""
+"""Run `megatron_dft.train` on N gloo ranks of the fork server, and hear every figure."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
 """The same fine-tuning in plain torch and transformers: what Megatron's loop has to agree with.
 
-Written from the formulas: DFT's loss is −sg(p)·log p summed over the supervised tokens of the global
-batch and divided by their number; AdamW with Megatron's hyper-parameters; no weight decay on norms.
+Written from the formulas: DFT's loss is −sg(p)·log p summed over the supervised tokens of the
+global batch and divided by their number; AdamW with Megatron's hyper-parameters; no weight decay on
+norms.
 """
 
 import json
