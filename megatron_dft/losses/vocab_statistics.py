@@ -1,0 +1,228 @@
+"""Softmax statistics over a sharded vocabulary: of one shard, merged over shards, and gradients.
+
+Shapes: T tokens, V this shard's vocabulary, S shards, C rows of statistics. A shard is a rank's
+part of the vocabulary or a block of such a part: both merge in the same way.
+
+A shard's statistics are a [C, T] fp32 tensor (fp64 for fp64 logits). With z the logits, m their
+maximum in the shard, r the reference logits and m_r theirs, its rows are
+
+    max m · sum_exp Σe^{z−m} · target z_y, NaN unless the shard holds the target
+    z_exp Σe^{z−m}(z−m)        for the entropy
+    sq_exp Σe^{2(z−m)}         for Σp²
+    top k largest z            for the entropy of the k likeliest tokens
+    ref_max m_r · ref_sum_exp Σe^{r−m_r} · cross Σe^{r−m_r}((r−m_r) − (z−m))   for the KL
+
+so that one all-gather of that tensor is all the communication that any of them needs.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# e^-200 is 0 in fp32, and 0 · −200 is 0 where 0 · −inf would be NaN.
+LOWEST = -200.0
+# fp32 temporaries that stay in a CPU's cache; on a GPU, few enough kernel launches.
+CPU_CHUNK_BYTES = 4 << 20
+GPU_CHUNK_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which statistics beyond the target's log-probability are computed."""
+
+    entropy: bool = False
+    sum_sq_prob: bool = False
+    top_k: int = 0
+    kl: bool = False
+
+    def rows(self) -> dict[str, slice]:
+        """Where each statistic lies in the C rows."""
+        sizes = {
+            "max": 1,
+            "sum_exp": 1,
+            "target": 1,
+            "z_exp": int(self.entropy),
+            "sq_exp": int(self.sum_sq_prob),
+            "top": self.top_k,
+            "ref_max": int(self.kl),
+            "ref_sum_exp": int(self.kl),
+            "cross": int(self.kl),
+        }
+        rows, start = {}, 0
+        for name, size in sizes.items():
+            rows[name] = slice(start, start + size)
+            start += size
+        return rows
+
+    @property
+    def count(self) -> int:
+        """C, the number of rows."""
+        return self.rows()["cross"].stop
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    """fp64 for fp64 logits, else fp32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def row_chunks(tokens: int, vocab: int, chunk_bytes: int | None, device: torch.device) -> Iterator:
+    """Slices of tokens whose fp32 logits take about `chunk_bytes`."""
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    step = max(1, chunk_bytes // (4 * max(vocab, 1)))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def target_position(target_T: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """(whether this shard holds the target [T] bool, its column, 0 where it does not [T] int64)."""
+    column = target_T - vocab_start
+    held = (column >= 0) & (column < vocab)
+    return held, torch.where(held, column, 0)
+
+
+def _shift(logits_TV: Tensor, maximum_T: Tensor, buffer_TV: Tensor) -> Tensor:
+    """z − m in the buffer; a shard without a finite logit is left at z."""
+    safe = torch.where(maximum_T == -torch.inf, 0.0, maximum_T)
+    return torch.sub(logits_TV, safe.unsqueeze(-1), out=buffer_TV)
+
+
+def shard_statistics(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    vocab_start: int,
+    want: Wanted,
+    buffer_TV: Tensor,
+    reference_TV: Tensor | None = None,
+) -> Tensor:
+    """Statistics [C, T] of a chunk of one shard's logits.
+
+    `buffer_TV` (statistics dtype) is overwritten, with e^{z−m} unless the entropy is wanted; it may
+    be `logits_TV` itself, which is then lost.
+    """
+    tokens, vocab = logits_TV.shape
+    rows = want.rows()
+    out = buffer_TV.new_full((want.count, tokens), 0.0)
+    out[rows["top"]] = -torch.inf
+    if vocab == 0:
+        out[rows["max"]] = out[rows["ref_max"]] = -torch.inf
+        out[rows["target"]] = torch.nan
+        return out
+    held, column = target_position(target_T, vocab_start, vocab)
+    target_logit = logits_TV.gather(1, column.unsqueeze(1)).squeeze(1).to(out.dtype)
+    out[rows["target"]] = torch.where(held, target_logit, torch.nan)
+    if want.top_k:
+        k = min(want.top_k, vocab)
+        out[rows["top"]][:k] = logits_TV.topk(k, dim=-1).values.T.to(out.dtype)
+    maximum = logits_TV.amax(-1).to(out.dtype)
+    out[rows["max"]] = maximum
+    shifted = _shift(logits_TV, maximum, buffer_TV)
+    if want.kl:
+        assert reference_TV is not None
+        ref_maximum = reference_TV.amax(-1).to(out.dtype)
+        ref_shifted = _shift(reference_TV, ref_maximum, torch.empty_like(buffer_TV))
+        ref_exp = ref_shifted.exp()
+        # A token that the reference excludes adds nothing, whatever the model says of it.
+        difference = (ref_shifted - shifted).masked_fill_(ref_exp == 0, 0.0)
+        out[rows["ref_max"]] = ref_maximum
+        out[rows["ref_sum_exp"]] = ref_exp.sum(-1)
+        out[rows["cross"]] = ref_exp.mul_(difference).sum(-1)
+    if want.entropy:
+        shifted.clamp_(min=LOWEST)
+        exp = shifted.exp()
+        out[rows["z_exp"]] = shifted.mul_(exp).sum(-1)
+    else:
+        exp = shifted.exp_()
+    out[rows["sum_exp"]] = exp.sum(-1)
+    if want.sum_sq_prob:
+        out[rows["sq_exp"]] = torch.linalg.vector_norm(exp, dim=-1).square_()
+    return out
+
+
+def _rescaled(maxima_ST: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(overall maximum [T], m_s − overall [S, T], e of that [S, T]); a shard without a finite logit
+    has 0 for both."""
+    overall = maxima_ST.amax(0)
+    empty = maxima_ST == -torch.inf
+    offset = torch.where(empty, 0.0, maxima_ST - overall)
+    return overall, offset, torch.where(empty, 0.0, offset.exp())
+
+
+def merge(stats_SCT: Tensor, want: Wanted) -> Tensor:
+    """Statistics [C, T] of the union of S shards."""
+    rows = want.rows()
+    part = {name: stats_SCT[:, where] for name, where in rows.items()}
+    out = torch.empty_like(stats_SCT[0])
+    overall, offset, scale = _rescaled(part["max"].squeeze(1))
+    sum_exp = part["sum_exp"].squeeze(1)
+    out[rows["max"]] = overall
+    out[rows["sum_exp"]] = (scale * sum_exp).sum(0)
+    # Exactly one shard may hold a target. None, or two (overlapping shards): NaN, never a number.
+    target = part["target"].squeeze(1)
+    held = ~target.isnan()
+    found = torch.where(held, target, 0.0).sum(0)
+    out[rows["target"]] = torch.where(held.sum(0) == 1, found, torch.nan)
+    if want.entropy:
+        out[rows["z_exp"]] = (scale * (part["z_exp"].squeeze(1) + offset * sum_exp)).sum(0)
+    if want.sum_sq_prob:
+        out[rows["sq_exp"]] = (scale.square() * part["sq_exp"].squeeze(1)).sum(0)
+    if want.top_k:
+        out[rows["top"]] = part["top"].flatten(0, 1).topk(want.top_k, dim=0).values
+    if want.kl:
+        ref_overall, ref_offset, ref_scale = _rescaled(part["ref_max"].squeeze(1))
+        ref_sum = part["ref_sum_exp"].squeeze(1)
+        cross = part["cross"].squeeze(1) + (ref_offset - offset) * ref_sum
+        out[rows["ref_max"]] = ref_overall
+        out[rows["ref_sum_exp"]] = (ref_scale * ref_sum).sum(0)
+        out[rows["cross"]] = torch.where(ref_scale == 0, 0.0, ref_scale * cross).sum(0)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What the merged statistics say, [T] each; None where not wanted."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    log_prob: Tensor
+    entropy: Tensor | None
+    sum_sq_prob: Tensor | None
+    top_prob: Tensor | None  # [k, T], renormalised over the k likeliest
+    entropy_top: Tensor | None
+    kl: Tensor | None
+    ref_maximum: Tensor | None
+    ref_sum_exp: Tensor | None
+
+
+def finish(stats_CT: Tensor, want: Wanted) -> Finished:
+    """Probabilities, entropies and divergences of merged statistics."""
+    part = {name: stats_CT[where].squeeze(0) for name, where in want.rows().items()}
+    maximum, sum_exp = part["max"], part["sum_exp"]
+    log_sum = sum_exp.log()
+    entropy = sum_sq_prob = top_prob = entropy_top = kl = ref_maximum = ref_sum_exp = None
+    if want.entropy:
+        entropy = log_sum - part["z_exp"] / sum_exp
+    if want.sum_sq_prob:
+        sum_sq_prob = part["sq_exp"] / sum_exp.square()
+    if want.top_k:
+        top = stats_CT[want.rows()["top"]]
+        top_log_prob = top.log_softmax(0).clamp(min=LOWEST)
+        top_prob = top_log_prob.exp()
+        entropy_top = -(top_prob * top_log_prob).sum(0)
+    if want.kl:
+        ref_maximum, ref_sum_exp = part["ref_max"], part["ref_sum_exp"]
+        kl = part["cross"] / ref_sum_exp - ref_sum_exp.log() + log_sum
+    return Finished(
+        maximum=maximum,
+        sum_exp=sum_exp,
+        log_prob=(part["target"] - maximum) - log_sum,
+        entropy=entropy,
+        sum_sq_prob=sum_sq_prob,
+        top_prob=top_prob,
+        entropy_top=entropy_top,
+        kl=kl,
+        ref_maximum=ref_maximum,
+        ref_sum_exp=ref_sum_exp,
+    )

@@ -1,0 +1,116 @@
+"""Dense float64 references of the family, written from the formulas, differentiated by autograd."""
+
+import torch
+from torch import Tensor
+
+# Parameters under test: none at a default that makes the objective another one.
+PARAMETERS: dict[str, dict] = {
+    "sft": {},
+    "dft": {},
+    "dft-sequence": {},
+    "dft-geometric": {},
+    "dft-mix": {"alpha": 0.3},
+    "dft-floor": {"floor": 0.15},
+    "p-alpha": {"alpha": 0.4},
+    "nll-threshold": {"threshold": 0.05},
+    "dcr": {"tau": 0.2},
+    "talr": {"floor": 0.02},
+    "chord-phi": {},
+    "iw-sft": {"low": 0.3, "high": 1.7},
+    "iw-sft/sequence": {"level": "sequence", "temperature": 1.5},
+    "psft": {"clip": 0.2},
+    "asft": {"kl_weight": 0.7},
+    "eaft": {"exponent": 1.5},
+    "deft": {},
+}
+P_ONLY = [
+    n for n in PARAMETERS if n not in ("iw-sft", "iw-sft/sequence", "psft", "asft", "eaft", "deft")
+]
+
+
+def _per_conversation(values: Tensor, segments: Tensor, mask: Tensor, mean: bool) -> Tensor:
+    out = torch.zeros_like(values)
+    for segment in segments.unique():
+        member = (segments == segment) & mask
+        total = values[member].sum()
+        out[segments == segment] = total / max(int(member.sum()), 1) if mean else total
+    return out
+
+
+def entropy_of_top(log_probs: Tensor, k: int = 20) -> Tensor:
+    """Entropy of the k likeliest tokens, renormalised."""
+    top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1).values
+    top = top - top.logsumexp(-1, keepdim=True)
+    return -(top.exp() * top).sum(-1)
+
+
+def dense_loss(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    segments: Tensor,
+    reference_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(loss [T], target log-probabilities [T]) of fp64 logits [T, V]; ignored tokens give 0."""
+    v = PARAMETERS[name]
+    log_probs = logits.log_softmax(-1)
+    ref_log_probs = reference_logits.log_softmax(-1)
+    safe = torch.where(mask, target, 0).unsqueeze(-1)
+    log_p = log_probs.gather(-1, safe).squeeze(-1)
+    log_ref = ref_log_probs.gather(-1, safe).squeeze(-1)
+    p = log_p.exp()
+    w = None
+    match name:
+        case "sft":
+            loss = -log_p
+        case "dft":
+            w = p
+        case "dft-sequence":
+            w = _per_conversation(log_p, segments, mask, mean=False).exp()
+        case "dft-geometric":
+            w = _per_conversation(log_p, segments, mask, mean=True).exp()
+        case "dft-mix":
+            w = v["alpha"] * p + 1 - v["alpha"]
+        case "dft-floor":
+            w = torch.maximum(p, torch.tensor(v["floor"], dtype=p.dtype))
+        case "p-alpha":
+            loss = (1 - p ** v["alpha"]) / v["alpha"]
+        case "nll-threshold":
+            w = (p >= v["threshold"]).double()
+        case "dcr":
+            w = torch.where(p < v["tau"], p, torch.ones_like(p))
+        case "talr":
+            tau = (-log_p[mask]).median() if mask.any() else 1.0
+            w = (p ** (1 / tau)).clamp(min=v["floor"])
+        case "chord-phi":
+            w = p * (1 - p)
+        case "iw-sft":
+            w = (p / log_ref.exp()).clamp(v["low"], v["high"])
+        case "iw-sft/sequence":
+            mean = _per_conversation(log_p - log_ref, segments, mask, mean=True)
+            w = (v["temperature"] * mean).exp().clamp(0, 16)
+        case "psft":
+            r = p / log_ref.exp()
+            loss = -torch.minimum(r, r.clamp(0.8, 1 + v["clip"]))
+        case "asft":
+            kl = (ref_log_probs.exp() * (ref_log_probs - log_probs)).sum(-1)
+            loss = -p.detach() * log_p + v["kl_weight"] * kl
+        case "eaft":
+            w = (entropy_of_top(log_probs) / 3.0) ** v["exponent"]
+        case "deft":
+            alpha = log_probs.exp().square().sum(-1).detach()
+            loss = (1 - p**alpha) / alpha
+    if w is not None:
+        loss = -w.detach() * log_p
+    return torch.where(mask, loss, 0.0), log_p
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """Largest error of a row as a share of that row's largest entry (1-D: of the largest entry)."""
+    ours, exact = ours.double(), exact.double()
+    if not exact.numel():
+        return 0.0
+    scale = exact.abs().amax(-1, keepdim=True)
+    # A row that ought to be 0 has to be 0.
+    return float(((ours - exact).abs() / scale.clamp(min=1e-30)).max())
