@@ -85,6 +85,7 @@ def build_dataset(
     template_args: Mapping[str, Any] | None = None,
     template_date: str | None = None,
     rewrites: str = "per-turn",
+    workers: int | None = None,
     progress: bool = False,
     flag: str = "--train-data",
 ) -> ChatDataset:
@@ -105,6 +106,7 @@ def build_dataset(
         shuffle: False for validation: each conversation once, in file order; a pass is filled up
             to batch_multiple (the global batch size) with rows that do not count.
         cache_dir: where the tokenised data is kept; None keeps it in memory.
+        workers: tokenising processes; None for one a core.
         flag: the command line flag that errors name.
 
     Raises ValueError with one line for every fault of the data or of the settings.
@@ -120,8 +122,8 @@ def build_dataset(
     spec = encoder_spec(
         tokenizer, template_args=template_args, template_date=template_date, rewrites=rewrites
     )
-    options = PrepareOptions(data_format, errors, max_bad_rows, cache_dir, None, progress)
-    stores = prepare(parsed, spec, options, flag)
+    options = PrepareOptions(data_format, errors, max_bad_rows, cache_dir, workers, progress)
+    stores = prepare(parsed, spec, options)
     conversations = Conversations(stores, seq_length, overlong)
     weights = [s.weight for s in parsed if s.weight is not None] or None
     identity = {

@@ -127,6 +127,7 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         template_args=args.chat_template_args,
         template_date=args.template_date,
         rewrites=args.chat_rewrites,
+        workers=args.data_workers,
     )
 
 

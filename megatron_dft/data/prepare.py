@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.chat_mask import ChatEncoder, EncoderSpec
+from megatron_dft.data.cache import locked, store_key
+from megatron_dft.data.chat_mask import EncoderSpec
+from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
-from megatron_dft.data.sources import Source, parse_sources
-from megatron_dft.data.store import TokenStore
-from megatron_dft.data.tokenize_rows import BadRow, describe, tokenize_batch
+from megatron_dft.data.sources import Source
+from megatron_dft.data.store import Block, StoreWriter, TokenStore
+from megatron_dft.data.tokenize_rows import BadRow, describe
+from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially
 
 log = logging.getLogger(__name__)
 
 ERRORS = ("strict", "skip")
+# Below this the processes would take longer to start than to tokenise.
+_PARALLEL_BYTES = 4 * 1024 * 1024
+# Bad rows whose reasons are kept; all are counted.
+_BAD_KEPT = 1000
 
 
 @dataclass(frozen=True)
@@ -39,63 +47,114 @@ class PrepareOptions:
 
 
 def prepare(
-    sources: Sequence[str | os.PathLike[str]] | Sequence[Source],
-    spec: EncoderSpec,
-    options: PrepareOptions,
-    flag: str = "--train-data",
+    sources: Sequence[Source], spec: EncoderSpec, options: PrepareOptions
 ) -> list[TokenStore]:
-    """One store for each source, in their order.
+    """One store for each source, in their order; `meta["key"]` names its content.
+
+    With a cache directory, processes that call this at the same time (ranks, jobs) share the work:
+    one tokenises, the others wait for it.
 
     Raises ValueError, one line with file and row, for bad rows (errors "strict"), for more bad rows
     than `max_bad_rows` (errors "skip"), and for files that cannot be read.
     """
-    parsed = [s if isinstance(s, Source) else parse_sources([s], flag)[0] for s in sources]
-    encoder = ChatEncoder(spec)
-    return [_tokenize(source, encoder, options) for source in parsed]
+    cache = None if options.cache_dir is None else Path(options.cache_dir)
+    stores = []
+    for source in sources:
+        key = store_key(source, spec, options.data_format, cache)
+        store = _prepare_one(source, key, spec, options, cache)
+        # The content is the same wherever the files lie now.
+        store.meta["paths"] = _names(source)
+        check_bad_rows(store, source.name, options)
+        stores.append(store)
+    return stores
 
 
-def _tokenize(source: Source, encoder: ChatEncoder, options: PrepareOptions) -> TokenStore:
-    paths = list(source.paths) if source.kind == "files" else [source.name]
-    blocks, bad = [], []
-    for batch in read_batches(source):
-        result = tokenize_batch(batch, encoder, options.data_format)
-        if result.bad and options.errors == "strict":
-            raise bad_row_error(paths, result.bad[0])
-        bad.extend(result.bad)
-        blocks.append(result.block)
-    meta: dict[str, Any] = {"paths": paths, "bad": [describe(paths, b) for b in bad[:100]]}
-    store = TokenStore.from_blocks(blocks, meta)
-    check_bad_rows(store, source.name, options)
-    return store
+def _prepare_one(
+    source: Source, key: str, spec: EncoderSpec, options: PrepareOptions, cache: Path | None
+) -> TokenStore:
+    if cache is None:
+        bad: list[BadRow] = []
+        blocks = list(_blocks(source, spec, options, bad))
+        return TokenStore.from_blocks(blocks, _meta(source, key, bad))
+    target = cache / "tokens" / key
+    if not (target / "meta.json").exists():
+        with locked(target):
+            if not (target / "meta.json").exists():
+                _build(target, source, key, spec, options)
+    return TokenStore.open(target)
 
 
-def bad_row_error(paths: Sequence[str], bad: BadRow) -> ValueError:
-    return ValueError(
-        f"{describe(paths, bad)}; mend the row, or leave bad rows out with --data-errors skip"
-    )
+def _build(
+    target: Path, source: Source, key: str, spec: EncoderSpec, options: PrepareOptions
+) -> None:
+    bad: list[BadRow] = []
+    writer = StoreWriter(target)
+    try:
+        for block in _blocks(source, spec, options, bad):
+            writer.add(block)
+        writer.finish(_meta(source, key, bad))
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _blocks(
+    source: Source, spec: EncoderSpec, options: PrepareOptions, bad: list[BadRow]
+) -> Iterator[Block]:
+    """The source's blocks in order; adds its bad rows to `bad`, or raises at the first."""
+    size = sum(os.path.getsize(p) for p in source.paths)
+    workers = options.workers or available_cores()
+    batches = read_batches(source)
+    if workers > 1 and size > _PARALLEL_BYTES:
+        results = tokenize_in_parallel(batches, spec, options.data_format, workers)
+    else:
+        results = tokenize_serially(batches, spec, options.data_format)
+    with (
+        contextlib.closing(results),
+        progress_bar(
+            f"tokenising {os.path.basename(source.name)}", size, options.progress
+        ) as advance,
+    ):
+        for batch, result in results:
+            if result.bad and options.errors == "strict":
+                raise ValueError(_mend(describe(_names(source), result.bad[0])))
+            bad.extend(result.bad)
+            advance(batch.size, len(batch.rows))
+            yield result.block
+
+
+def _meta(source: Source, key: str, bad: Sequence[BadRow]) -> dict[str, Any]:
+    return {"key": key, "paths": _names(source), "bad": [astuple(b) for b in bad[:_BAD_KEPT]]}
+
+
+def _names(source: Source) -> list[str]:
+    return list(source.paths) if source.kind == "files" else [source.name]
+
+
+def _mend(row: str) -> str:
+    return f"{row}; mend the row, or leave bad rows out with --data-errors skip"
+
+
+def bad_rows(store: TokenStore) -> list[str]:
+    """file:line: reason of the rows that a store left out, the first thousand."""
+    return [describe(store.meta["paths"], BadRow(*b)) for b in store.meta["bad"]]
 
 
 def check_bad_rows(store: TokenStore, name: str, options: PrepareOptions) -> None:
     """Raises ValueError where a store left out more rows than the options allow."""
     bad, rows = store.meta["counts"].get("bad_rows", 0), store.meta["counts"].get("rows", 0)
     if bad and options.errors == "strict":
-        raise ValueError(
-            f"{store.meta['bad'][0]}; mend the row, or leave bad rows out with --data-errors skip"
-        )
+        raise ValueError(_mend(bad_rows(store)[0]))
     limit = options.max_bad_rows
     allowed = limit * rows if limit < 1 else limit
     if bad > allowed:
         raise ValueError(
             f"{name}: {bad} of {rows} rows are bad, more than --max-bad-rows {limit:g} allows; the "
-            f"first is {store.meta['bad'][0]}"
+            f"first is {bad_rows(store)[0]}"
         )
     if len(store) == 0:
         raise ValueError(f"{name}: no row can be trained on")
     if bad:
         log.warning("%s: left out %d of %d rows", name, bad, rows)
-        for line in store.meta["bad"][:20]:
+        for line in bad_rows(store)[:20]:
             log.warning("left out: %s", line)
-
-
-def cache_directory(options: PrepareOptions) -> Path | None:
-    return None if options.cache_dir is None else Path(options.cache_dir)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dft.data.cache import partial_path
 from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
@@ -120,10 +121,9 @@ class StoreWriter:
 
     def __init__(self, directory: Path) -> None:
         self._final = directory
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        self._partial = partial_path(directory)
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
+        self._partial.mkdir(parents=True)
         self._files = {n: open(self._partial / n, "wb") for n in _ARRAYS}
         self._tokens = 0
         self._counts: list[dict[str, int]] = []

@@ -1,0 +1,117 @@
+"""Names of cached data by content, and the lock under which they are made."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.data.chat_mask import EncoderSpec
+from megatron_dft.data.readers import open_dataset
+from megatron_dft.data.sources import Source
+
+# Raise it whenever the same rows would give other tokens or masks.
+VERSION = 1
+# A file changed this recently may change again within its timestamp's resolution.
+_SETTLED_SECONDS = 2.0
+
+
+def store_key(
+    source: Source, spec: EncoderSpec, data_format: str | None, cache: Path | None
+) -> str:
+    """Hex name of a source's tokenised form: same name, same tokens, wherever the files lie."""
+    if source.kind == "hub":
+        content = [open_dataset(source)._fingerprint]
+    else:
+        content = [content_hash(Path(p), cache) for p in source.paths]
+    return digest([VERSION, source.kind == "files", content, data_format, spec_hash(spec)])
+
+
+def spec_hash(spec: EncoderSpec) -> str:
+    """Hex digest of tokenizer, template and everything else that decides a row's tokens."""
+    return digest(
+        [spec.tokenizer_json, dict(spec.templates), dict(spec.variables), spec.date, spec.rewrites]
+    )
+
+
+def digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def content_hash(path: Path, cache: Path | None) -> str:
+    """SHA-256 of a file; remembered by name, size, inode and time of change in the cache."""
+    status = os.stat(path)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
+    settled = time.time() - status.st_mtime > _SETTLED_SECONDS
+    note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
+    if note is not None and settled and note.exists():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, OSError):
+            known = json.loads(note.read_text())
+            if known["identity"] == identity:
+                return known["sha256"]
+    with open(path, "rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    if note is not None and settled:
+        write_atomically(note, json.dumps({"identity": identity, "sha256": value}))
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old or its new content, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Only one process at a time makes `target`; the others wait and find it made.
+
+    Raises ValueError where the cache directory cannot be written or has no file locks.
+    """
+    path = target.with_name(target.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache: {str(path.parent)!r} cannot be written: {error.strerror}; choose "
+            "another directory"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"--data-cache: the file system of {str(path.parent)!r} has no file locks "
+                f"({error.strerror}); choose a directory on another one"
+            ) from None
+        _sweep(target)
+        yield
+
+
+def partial_path(target: Path) -> Path:
+    """Where this process builds `target` before it is renamed."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def _sweep(target: Path) -> None:
+    """Removes what killed processes of this machine left of `target`."""
+    prefix = f".{target.name}.{socket.gethostname()}."
+    for path in target.parent.glob(f"{prefix}*.partial"):
+        pid = path.name[len(prefix) : -len(".partial")]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,234 @@
+"""The tokenised cache: whole or absent, keyed by content, the same for any number of processes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_dft.data import cache, prepare, workers
+from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.sources import parse_sources
+from megatron_dft.data.tokenizer import encoder_spec
+from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chatml_tokenizer()
+
+
+def _rows(count):
+    return [
+        {"messages": chat(f"question {i}?", f"answer {i} " * (1 + i % 5))} for i in range(count)
+    ]
+
+
+def _prepare(paths, tokenizer, cache_dir, **options):
+    spec = encoder_spec(tokenizer)
+    return prepare.prepare(
+        parse_sources(paths), spec, prepare.PrepareOptions(cache_dir=cache_dir, **options)
+    )
+
+
+def _equal(a, b):
+    return all(
+        np.array_equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "offsets", "rows", "files")
+    )
+
+
+@pytest.fixture
+def parallel(monkeypatch):
+    """Small batches, and processes whatever the size."""
+    monkeypatch.setattr(prepare, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr("megatron_dft.data.readers.BATCH_ROWS", 16)
+
+
+def test_memory_disk_and_processes_give_the_same_store(tmp_path, tokenizer, monkeypatch, parallel):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(200))
+    (one,) = _prepare([path], tokenizer, None, workers=1)
+    (many,) = _prepare([path], tokenizer, tmp_path / "c", workers=3)
+    assert len(one) == 200 and _equal(one, many) and one.meta["counts"] == many.meta["counts"]
+    assert one.where(7) == f"{path}:8"
+    monkeypatch.setattr(prepare, "_blocks", None)
+    (again,) = _prepare([path], tokenizer, tmp_path / "c")
+    assert _equal(one, again)
+
+
+def test_the_first_bad_row_of_the_file_is_named_whoever_meets_it_first(
+    tmp_path, tokenizer, parallel
+):
+    rows = _rows(400)
+    # The early one sits in a batch of long rows, so that a later batch is done before it.
+    rows[40]["messages"] = chat("no answer")
+    for i in range(32, 48):
+        rows[i]["messages"][0]["content"] += " long" * 5000
+    rows[41 + 16]["messages"] = chat("none either")
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a.jsonl:41: it has no assistant turn"):
+        _prepare([path], tokenizer, tmp_path / "c", workers=4)
+    assert not list((tmp_path / "c" / "tokens").glob("*/meta.json"))
+    assert not list((tmp_path / "c" / "tokens").glob(".*.partial"))
+    (store,) = _prepare([path], tokenizer, tmp_path / "c", workers=4, errors="skip", max_bad_rows=2)
+    assert len(store) == 398 and store.meta["counts"]["bad_rows"] == 2
+    assert [b.split(": ")[0] for b in prepare.bad_rows(store)] == [f"{path}:41", f"{path}:58"]
+    # What one run may leave out another may not: the cache does not hide it.
+    with pytest.raises(ValueError, match=r"a.jsonl:41: it has no assistant turn"):
+        _prepare([path], tokenizer, tmp_path / "c")
+
+
+def test_the_cache_goes_by_content(tmp_path, tokenizer):
+    rows = _rows(5)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    spec = encoder_spec(tokenizer)
+
+    def key(where, spec=spec, data_format=None):
+        return cache.store_key(parse_sources([where])[0], spec, data_format, tmp_path / "c")
+
+    first = key(path)
+    assert key(write_jsonl(tmp_path / "copy.jsonl", rows)) == first
+    rows[3]["messages"][1]["content"] += "."
+    assert key(write_jsonl(tmp_path / "other.jsonl", rows)) != first
+    assert key(path, data_format="messages") != first
+    assert key(path, encoder_spec(tokenizer, template_args={"a": 1})) != first
+    assert key(path, encoder_spec(tokenizer, template_date="2024-01-01")) != first
+    assert key(path, encoder_spec(tokenizer, rewrites="refuse")) != first
+    other = chatml_tokenizer()
+    other.chat_template += " "
+    assert key(path, encoder_spec(other)) != first
+    more = chatml_tokenizer()
+    more.add_tokens(["zzz"])
+    assert key(path, encoder_spec(more)) != first
+
+
+def test_a_file_that_changes_is_hashed_again(tmp_path):
+    path, notes = tmp_path / "a.jsonl", tmp_path / "c"
+    path.write_text("1")
+    first = cache.content_hash(path, notes)
+    assert not (notes / "hashes").exists(), "a file this young may still change"
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    assert cache.content_hash(path, notes) == first and list((notes / "hashes").iterdir())
+    path.write_text("2")
+    os.utime(path, (old + 1, old + 1))
+    assert cache.content_hash(path, notes) != first
+
+
+def test_a_killed_tokenisation_leaves_nothing_that_looks_whole(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(50))
+    (tmp_path / "spec").write_bytes(pickle.dumps(encoder_spec(tokenizer)))
+    program = (
+        "import os, pickle\n"
+        "from megatron_dft.data import store\n"
+        "add = store.StoreWriter.add\n"
+        "def killed(self, block):\n"
+        "    add(self, block)\n"
+        "    [f.flush() for f in self._files.values()]\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "store.StoreWriter.add = killed\n"
+        "from megatron_dft.data.prepare import PrepareOptions, prepare\n"
+        "from megatron_dft.data.sources import parse_sources\n"
+        f"spec = pickle.load(open({str(tmp_path / 'spec')!r}, 'rb'))\n"
+        f"options = PrepareOptions(cache_dir={str(tmp_path / 'c')!r})\n"
+        f"prepare(parse_sources([{path!r}]), spec, options)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    left = list((tmp_path / "c" / "tokens").glob(".*.partial"))
+    assert len(left) == 1 and (left[0] / "tokens.u32").stat().st_size > 0
+    assert not list((tmp_path / "c" / "tokens").glob("*/meta.json"))
+    data = build_dataset([path], tokenizer, seq_length=256, cache_dir=tmp_path / "c")
+    assert len(data.conversations) == 50
+    assert not list((tmp_path / "c" / "tokens").glob(".*.partial")), "swept up"
+
+
+def test_a_damaged_store_is_refused(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    (store,) = _prepare([path], tokenizer, tmp_path / "c")
+    tokens = next((tmp_path / "c" / "tokens").glob("*/tokens.u32"))
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"is damaged: tokens.u32 has .* delete the directory"):
+        _prepare([path], tokenizer, tmp_path / "c")
+
+
+def test_processes_that_come_together_tokenise_once(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(50))
+    builds, blocks = [], prepare._blocks
+
+    def slow(*args):
+        builds.append(1)
+        time.sleep(0.3)  # the others arrive meanwhile
+        yield from blocks(*args)
+
+    monkeypatch.setattr(prepare, "_blocks", slow)
+    stores: list = []
+    threads = [
+        threading.Thread(target=lambda: stores.extend(_prepare([path], tokenizer, tmp_path / "c")))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1 and len(stores) == 4 and all(_equal(s, stores[0]) for s in stores)
+
+
+def test_a_cache_that_cannot_be_written_is_a_users_mistake(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--data-cache: .* choose another directory"):
+        _prepare([path], tokenizer, tmp_path / "file")
+
+
+def test_the_workers_import_neither_torch_nor_transformers():
+    program = (
+        "import sys, megatron_dft.data.workers as w\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'megatron') "
+        "if m in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout.strip() == "[]", ended.stderr
+
+
+def test_a_worker_that_dies_is_reported(tmp_path, tokenizer, monkeypatch):
+    serve = "import sys, pickle, os; pickle.load(sys.stdin.buffer); os.kill(os.getpid(), 9)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        workers.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", serve], **options),
+    )
+    batches = list(prepare.read_batches(parse_sources([_file(tmp_path)])[0]))
+    with pytest.raises(RuntimeError, match="signal 9 .* lower --data-workers"):
+        list(workers.tokenize_in_parallel(batches, encoder_spec(tokenizer), None, 2))
+
+
+def _file(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "a.jsonl", _rows(20))
+
+
+def test_progress_lines_tell_how_far_it_is(capsys, monkeypatch):
+    from megatron_dft.data import progress
+
+    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
+    with progress.progress_bar("tokenising a.jsonl", 200, True) as advance:
+        advance(50, 10)
+        advance(150, 30)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rsplit(" in ", 1)[0] for line in lines] == [
+        "tokenising a.jsonl: 25%, 10 rows",
+        "tokenising a.jsonl: 100%, 40 rows",
+        "tokenising a.jsonl: done, 40 rows",
+    ]
+
+
+def test_the_meta_is_plain_json(tmp_path, tokenizer):
+    _prepare([_file(tmp_path)], tokenizer, tmp_path / "c")
+    meta = json.loads(next((tmp_path / "c" / "tokens").glob("*/meta.json")).read_text())
+    assert meta["counts"]["rows"] == 20 and meta["paths"] and meta["bad"] == []
