@@ -66,3 +66,11 @@ def module_type(name: str) -> str:
 def is_buffer(name: str) -> bool:
     """True for stored tensors that no training changes (rotary tables, masks)."""
     return _BUFFER.search(name) is not None
+
+
+def report_order(name: str) -> tuple[int, int, str]:
+    """Sort key: embeddings, the layers (inside one: `MODULE_TYPES` order), final norm, head."""
+    layer, kind = layer_of(name), module_type(name)
+    if layer is None:
+        layer = -1 if kind == "embed" else 1 << 30
+    return layer, MODULE_TYPES.index(kind), name

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 
 from megatron_dft.drift.checkpoint import FLOATS, Checkpoint, read_config
-from megatron_dft.drift.names import is_buffer, module_type
+from megatron_dft.drift.names import is_buffer, module_type, report_order
 
 _IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 @dataclass
 class Match:
-    """Tensors present on both sides, in the base's order, and remarks for the report's reader."""
+    """Tensors present on both sides, in report order, and remarks for the report's reader."""
 
     names: list[str]
     notes: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> Match:
     dropped = set(_tied_head(base)) | set(_tied_head(tuned))
     if dropped:
         notes.append(f"{', '.join(sorted(dropped))}: tied to the embedding, counted once")
-    left = [n for n in _weights(base) if n not in dropped]
+    left = sorted((n for n in _weights(base) if n not in dropped), key=report_order)
     right = {n for n in _weights(tuned) if n not in dropped}
     for side, names in (
         (tuned, [n for n in left if n not in right]),

@@ -2,8 +2,8 @@
 
 A torch_dist directory (torch.distributed.checkpoint) has a pickled `.metadata`, which says where
 each shard of each tensor lies, and `*.distcp` files of concatenated torch.save blobs. The pickle is
-read by an unpickler that knows the metadata classes and nothing else, the blobs with
-`weights_only=True`: a hostile file cannot run code.
+read by an unpickler that builds the classes of that table and an inert stand-in for any other, the
+blobs with `weights_only=True`: a hostile file cannot run code.
 """
 
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dft.drift.checkpoint import TensorInfo
 
@@ -37,12 +38,34 @@ _ALLOWED = {
 }
 
 
+class _Inert:
+    """Takes the place of every class that the table of shards does not need (save plans, say)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _ALLOWED and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
-        return super().find_class(module, name)
+        return (
+            super().find_class(module, name) if (module, name) in _ALLOWED or is_dtype else _Inert
+        )
 
 
 def iteration_directory(path: Path) -> Path | None:
@@ -72,8 +95,9 @@ class TorchDistCheckpoint:
         try:
             with (path / ".metadata").open("rb") as handle:
                 metadata = _MetadataUnpickler(handle).load()
-            entries = metadata.state_dict_metadata
-            storage = metadata.storage_data
+            if not isinstance(metadata, Metadata):
+                raise ValueError(f"it holds no {Metadata.__name__}")
+            entries, storage = metadata.state_dict_metadata, metadata.storage_data
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{path / '.metadata'} is not torch_dist metadata: {reason}") from None
@@ -81,7 +105,7 @@ class TorchDistCheckpoint:
         self._chunks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], Any]]] = {}
         places = {(i.fqn, tuple(i.offset or ())): info for i, info in storage.items()}
         for name, entry in entries.items():
-            if not hasattr(entry, "chunks") or name.startswith(_NOT_WEIGHTS):
+            if not isinstance(entry, TensorStorageMetadata) or name.startswith(_NOT_WEIGHTS):
                 continue
             info = TensorInfo(tuple(entry.size), entry.properties.dtype)
             chunks = []
