@@ -6,12 +6,21 @@ have had to type. Reads `HFCheckpoint.settings`, where transformers has filled i
 
 from typing import Any
 
-from megatron_dft.hf.families import TABLES
+from megatron_dft.hf.families import family_of
+from megatron_dft.hf.families.base import expect, refuse
 from megatron_dft.hf.source import HFCheckpoint
 
 # Arguments about training, not about the architecture: an explicit flag of the user wins here,
 # while one that contradicts any other argument is an error.
-TRAINING_DEFAULTS = frozenset({"attention_dropout", "hidden_dropout", "max_position_embeddings"})
+TRAINING_DEFAULTS = frozenset(
+    {
+        "attention_dropout",
+        "hidden_dropout",
+        "max_position_embeddings",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+    }
+)
 
 # Megatron hard-codes these constants of llama3's rope scaling; only the factor is an argument.
 _LLAMA3_FIXED = {
@@ -29,14 +38,9 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     >>> megatron_args(open_checkpoint("Qwen/Qwen2.5-0.5B"))["add_qkv_bias"]  # doctest: +SKIP
     True
     """
-    if checkpoint.architecture not in TABLES:
-        raise ValueError(
-            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not mapped; mapped "
-            "are "
-            f"{', '.join(sorted(TABLES))}"
-        )
+    family = family_of(checkpoint)
     c = checkpoint.settings
-    _expect(checkpoint, "hidden_act", "silu", "Megatron's --swiglu uses it")
+    expect(checkpoint, "hidden_act", "silu", "Megatron's --swiglu uses it")
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
     arguments: dict[str, Any] = {
         "num_layers": c["num_hidden_layers"],
@@ -61,8 +65,7 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     }
     arguments |= _rope(checkpoint)
     arguments |= _window(checkpoint)
-    arguments |= _FAMILY[checkpoint.architecture](checkpoint)
-    return arguments
+    return arguments | family.arguments(checkpoint)
 
 
 def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
@@ -74,16 +77,6 @@ def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
     arguments = megatron_args(checkpoint)
     if arguments.get("use_rope_scaling"):
         model_config.rope_scaling_factor = arguments["rope_scaling_factor"]
-
-
-def _expect(checkpoint: HFCheckpoint, key: str, wanted: Any, why: str) -> None:
-    value = checkpoint.settings.get(key, wanted)
-    if value != wanted:
-        raise ValueError(
-            f"{checkpoint.path}/config.json: {key} {value!r} cannot be represented; only "
-            f"{wanted!r} can "
-            f"({why})"
-        )
 
 
 def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
@@ -105,10 +98,7 @@ def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
                     f"Megatron hard-codes {fixed}, and the logits would be wrong without a word"
                 )
         return arguments | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise ValueError(
-        f"{checkpoint.path}/config.json: rope type {kind!r} cannot be represented; supported are "
-        "default, linear, llama3"
-    )
+    raise refuse(checkpoint, "rope_type", kind, "supported are default, linear, llama3")
 
 
 def _window(checkpoint: HFCheckpoint) -> dict[str, Any]:
@@ -123,26 +113,3 @@ def _window(checkpoint: HFCheckpoint) -> dict[str, Any]:
     if kinds is not None and "full_attention" in kinds:
         arguments["window_attn_skip_freq"] = [int(k == "sliding_attention") for k in kinds]
     return arguments
-
-
-def _llama(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    _expect(checkpoint, "attention_bias", False, "Megatron has no bias on q, k, v and o alone")
-    _expect(checkpoint, "mlp_bias", False, "Megatron has no bias on the MLP alone")
-    return {}
-
-
-def _qwen2(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    return {"add_qkv_bias": True}
-
-
-def _qwen3(checkpoint: HFCheckpoint) -> dict[str, Any]:
-    _expect(checkpoint, "attention_bias", False, "Megatron has no bias on q, k, v and o alone")
-    return {"qk_layernorm": True}
-
-
-_FAMILY = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _llama,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-}

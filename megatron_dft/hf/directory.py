@@ -112,8 +112,7 @@ def _compare(checkpoint: HFCheckpoint, written: dict[str, TensorInfo]) -> None:
         elif written[name].shape != info.shape:
             raise ValueError(
                 f"export: tensor {name!r} was written as {list(written[name].shape)}, the base "
-                "model "
-                f"has {list(info.shape)}"
+                f"model has {list(info.shape)}"
             )
 
 

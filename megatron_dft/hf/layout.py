@@ -28,8 +28,7 @@ def check_layout(
     if groups % tp and tp % groups:
         raise ValueError(
             f"--tensor-model-parallel-size {tp}: the model has {groups} key-value heads, which "
-            "neither "
-            f"divide among {tp} ranks nor divide it; use {_choices(groups)}"
+            f"neither divide among {tp} ranks nor divide it; use {_choices(groups)}"
         )
     _divides("--tensor-model-parallel-size", tp, "MLP hidden units", a["ffn_hidden_size"])
     _check_layers(
@@ -56,8 +55,7 @@ def _divides(flag: str, ranks: int, what: str, size: int) -> None:
     if size % ranks:
         raise ValueError(
             f"{flag} {ranks}: the model has {size} {what}, which do not divide among {ranks} "
-            "ranks; use "
-            f"one of {_choices(size)}"
+            f"ranks; use one of {_choices(size)}"
         )
 
 
@@ -74,11 +72,10 @@ def _check_layers(
             rest, middle = rest - count, middle - 1
     if rest < middle or (middle == 0 and rest != 0) or (middle > 0 and rest % middle):
         raise ValueError(
-            f"--pipeline-model-parallel-size {stages}{said}: {rest} of the model's {layers} "
-            "layers are "
-            f"left for {middle} stages and do not divide; use one of {_choices(layers)} stages, "
-            "or set "
-            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers to fit"
+            f"--pipeline-model-parallel-size {stages}{said}: {rest} of the model's {layers} layers "
+            f"are left for {middle} stages and do not divide; use one of {_choices(layers)} "
+            "stages, or set --decoder-first-pipeline-num-layers and "
+            "--decoder-last-pipeline-num-layers to fit"
         )
     if virtual is None:
         return
@@ -87,6 +84,5 @@ def _check_layers(
     if any(n % virtual for n in parts):
         raise ValueError(
             f"virtual pipeline of {virtual} chunks a stage: stages of {sorted(parts)} layers do "
-            "not "
-            f"divide; use a number of chunks that divides each"
+            "not divide; use a number of chunks that divides each"
         )

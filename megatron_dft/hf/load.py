@@ -47,8 +47,7 @@ def _info(shard: Shard, name: str, checkpoint: HFCheckpoint) -> TensorInfo:
     if name not in checkpoint.tensors:
         raise ValueError(
             f"{checkpoint.path}: tensor {name!r} is missing; {checkpoint.architecture} needs it "
-            "for "
-            f"{shard.name}"
+            f"for {shard.name}"
         )
     return checkpoint.tensors[name]
 
@@ -65,8 +64,7 @@ def _fill(shard: Shard, checkpoint: HFCheckpoint, reader: Reader) -> None:
         if shape != expected:
             raise ValueError(
                 f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}, but config.json and "
-                "the "
-                f"model flags imply {list(expected)}"
+                f"the model flags imply {list(expected)}"
             )
     for piece in shard.pieces(shard.group.rank()):
         region = target.narrow(shard.axis, piece.target, piece.length)
@@ -116,8 +114,7 @@ def _check_tied_copy(checkpoint: HFCheckpoint, reader: Reader) -> None:
         raise ValueError(
             f"{checkpoint.path}: config.json ties the output layer to the embedding "
             f"(tie_word_embeddings), but {TIED_COPY} differs from it; set tie_word_embeddings to "
-            "false if "
-            f"the output layer is meant, or remove {TIED_COPY}"
+            f"false if the output layer is meant, or remove {TIED_COPY}"
         )
 
 
@@ -137,6 +134,5 @@ def _check_all_consumed(checkpoint: HFCheckpoint, consumed: Counter[str]) -> Non
         raise ValueError(
             f"{checkpoint.path}: tensor {name!r}{more} fits nowhere in the Megatron model "
             f"({total[name]} of {checkpoint.tensors[name].numel} elements used); the architecture "
-            "is "
-            f"not the plain {checkpoint.architecture}, or a model flag contradicts config.json"
+            f"is not the plain {checkpoint.architecture}, or a model flag contradicts config.json"
         )

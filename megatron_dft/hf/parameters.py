@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
-from megatron_dft.hf.families import table_for
+from megatron_dft.hf.families import table_of
 from megatron_dft.hf.pieces import PADDING, Dimensions, Piece, Rule, Segment, segments, window
 from megatron_dft.hf.source import HFCheckpoint
 
@@ -22,19 +23,23 @@ _FUSED_NORM = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Experts one module each (local spec), or all of a rank in one grouped linear (TE).
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<sequential>\d+)\.)?(?P<linear>linear_fc[12])"
+    r"\.(?P<kind>weight|bias)(?P<grouped>\d*)"
+)
 
 
 @dataclass(frozen=True)
 class Shard:
     """One parameter of this rank.
 
-    name      Megatron's name, global layer number, one spelling for all layer specs
-    parameter the tensor itself
-    rule      its line of the table
-    runs      the whole parameter over all tensor-parallel ranks
-    axis      the axis that `runs` and `pieces` count along
-    group     the tensor-parallel group that shards it
-    is_owner  this rank is the one data-parallel replica that answers for it
+    name       Megatron's name in this rank's chunk
+    parameter  the tensor itself
+    rule       its line of the table
+    runs       the whole parameter over all tensor-parallel ranks
+    group      the (expert) tensor-parallel group that shards it
+    is_owner   this rank is the one data-parallel replica that answers for it
     """
 
     name: str
@@ -71,48 +76,91 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """This rank's place in one set of process groups: dense layers, or experts."""
+
+    group: dist.ProcessGroup
+    is_owner: bool
+
+
 def shards(models: list[torch.nn.Module], checkpoint: HFCheckpoint) -> Iterator[Shard]:
     """The parameters of this rank's model chunks, in the same order on all tensor-parallel ranks.
 
     Raises ValueError naming a parameter that the family's table does not know.
     """
-    table = table_for(checkpoint.architecture, bool(checkpoint.settings["tie_word_embeddings"]))
-    tp = parallel_state.get_tensor_model_parallel_group()
-    owner = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    table = table_of(checkpoint)
+    dense = _Ranks(
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+    )
+    experts = _Ranks(
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_expert_data_parallel_rank() == 0,
+    )
     for model in map(unwrap, models):
-        config = model.config
-        dims = Dimensions(
-            config.num_query_groups,
-            config.num_attention_heads // config.num_query_groups,
-            config.kv_channels,
-            checkpoint.settings["vocab_size"],
-        )
-        for name, parameter in model.named_parameters():
-            key, layer = _key(model, name)
+        dims = _dimensions(model.config, checkpoint)
+        for name, tensor in _tensors(model):
+            key, layer, expert = _key(model, name)
             if key not in table:
                 raise ValueError(
                     f"Megatron built the parameter {name!r}, for which {checkpoint.architecture} "
-                    "has "
-                    "no tensor; a model flag adds it: remove the flag that config.json does not "
-                    "ask for"
+                    "has no tensor; a model flag adds it: remove the flag that config.json does "
+                    "not ask for"
                 )
-            yield _shard(key, layer, parameter, table[key], tp, owner, dims)
+            ranks = dense if expert is None else experts
+            yield _shard(name, table[key], layer, expert, tensor, ranks, dims)
 
 
-def _key(model: torch.nn.Module, name: str) -> tuple[str, int | None]:
-    """Name in the table and zero-based global layer of a parameter of `model`."""
+def _dimensions(config: TransformerConfig, checkpoint: HFCheckpoint) -> Dimensions:
+    return Dimensions(
+        config.num_query_groups,
+        config.num_attention_heads // config.num_query_groups,
+        config.kv_channels,
+        checkpoint.settings["vocab_size"],
+    )
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the one buffer that checkpoints carry: the router's selection bias."""
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name.endswith(".router.expert_bias"):
+            yield name, buffer
+
+
+def _key(model: torch.nn.Module, name: str) -> tuple[str, int | None, int | None]:
+    """Name in the table, zero-based global layer and global expert of a parameter of `model`."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
-        return name, None
-    rest = _FUSED_NORM.get(match[2], match[2])
+        return name, None, None
     # layer_number counts over all pipeline stages and virtual chunks, from 1.
-    return f"layer.{rest}", model.decoder.layers[int(match[1])].layer_number - 1
+    layer = model.decoder.layers[int(match[1])].layer_number - 1
+    rest = _FUSED_NORM.get(match[2], match[2])
+    expert = _EXPERT.fullmatch(rest)
+    if expert is None:
+        return f"layer.{rest}", layer, None
+    sequential, grouped = expert["sequential"], expert["grouped"]
+    here = model.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * here
+    return (
+        f"layer.mlp.experts.{expert['linear']}.{expert['kind']}",
+        layer,
+        first + int(grouped if sequential is None else sequential),
+    )
 
 
-def _shard(key, layer, parameter, rule, group, owner, dims) -> Shard:
-    names = tuple(n.format(layer=layer) for n in rule.names)
-    count = 1 if rule.axis is None else group.size()
-    size = parameter.shape[rule.axis or 0] * count
+def _shard(
+    name: str,
+    rule: Rule,
+    layer: int | None,
+    expert: int | None,
+    tensor: torch.Tensor,
+    ranks: _Ranks,
+    dims: Dimensions,
+) -> Shard:
+    names = tuple(n.format(layer=layer, expert=expert) for n in rule.names)
+    count = 1 if rule.axis is None else ranks.group.size()
+    size = tensor.shape[rule.axis or 0] * count
     runs = segments(rule, names, size, count, dims)
-    name = key if layer is None else key.replace("layer.", f"decoder.layers.{layer}.", 1)
-    return Shard(name, parameter, rule, runs, group, owner)
+    return Shard(name, tensor, rule, runs, ranks.group, ranks.is_owner)

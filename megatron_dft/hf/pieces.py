@@ -93,6 +93,16 @@ def qkv(query: str, key: str, value: str) -> Rule:
     return Rule((query, key, value), 0, _qkv)
 
 
+def packed_gated(name: str) -> Rule:
+    """As `gated`, from one tensor that holds all gate rows, then all up rows."""
+    return Rule((name,), 0, _packed_gated)
+
+
+def packed_qkv(name: str) -> Rule:
+    """As `qkv`, from one tensor that holds all query rows, then the key rows, then the values'."""
+    return Rule((name,), 0, _packed_qkv)
+
+
 def _vocabulary(names, size, shards, dims) -> list[Segment]:
     if size < dims.vocabulary:
         raise ValueError(
@@ -122,6 +132,20 @@ def _qkv(names, size, shards, dims) -> list[Segment]:
     ]
 
 
+def _packed_gated(names, size, shards, dims) -> list[Segment]:
+    runs = _gated(("gate", "up"), size, shards, dims)
+    base = {"gate": 0, "up": size // 2}
+    return [Segment(names[0], base[r.name] + r.start, r.length) for r in runs]
+
+
+def _packed_qkv(names, size, shards, dims) -> list[Segment]:
+    runs = _qkv(("query", "key", "value"), size, shards, dims)
+    keys = dims.groups * dims.head_width
+    queries = keys * dims.queries_per_group
+    base = {"query": 0, "key": queries, "value": queries + keys}
+    return [Segment(names[0], base[r.name] + r.start, r.length) for r in runs]
+
+
 def segments(
     rule: Rule, names: tuple[str, ...], size: int, shards: int, dims: Dimensions
 ) -> list[Segment]:
@@ -136,8 +160,7 @@ def segments(
     if covered != size:
         raise ValueError(
             f"{', '.join(names)}: config.json implies {covered} rows, Megatron built {size}; a "
-            "model "
-            "flag contradicts config.json: remove it"
+            "model flag contradicts config.json: remove it"
         )
     return runs
 

@@ -79,9 +79,8 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"--hf-model {name!r} is neither a directory nor a model that the hub gives "
-            f"(revision {revision or 'main'}): {type(error).__name__}: {reason}. Give a directory "
-            "with "
+            f"--hf-model {name!r} is neither a directory nor a model that the hub gives (revision "
+            f"{revision or 'main'}): {type(error).__name__}: {reason}. Give a directory with "
             "config.json and *.safetensors, or download it first (hf download NAME)"
         ) from None
     return path, path.name  # the cache names a snapshot's directory after the commit
@@ -93,8 +92,7 @@ def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
     if "auto_map" in config and not trust_remote_code:
         raise ValueError(
             f"{path}/config.json asks to run Python code of its own (auto_map); nothing of it was "
-            "run. "
-            "Read that code and pass --trust-remote-code if you trust it"
+            "run. Read that code and pass --trust-remote-code if you trust it"
         )
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and len(architectures) == 1):
@@ -132,8 +130,8 @@ def _index(path: Path) -> dict[str, TensorInfo]:
         if pickled:
             raise ValueError(
                 f"{path}: only pickled weights ({pickled[0]}), which can run code when loaded; not "
-                "read. Convert them where that is safe: AutoModelForCausalLM.from_pretrained(DIR)"
-                ".save_pretrained(OUT) writes safetensors"
+                "read. Convert them where that is safe: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) writes safetensors"
             )
         raise ValueError(f"{path}: no model.safetensors and no {_INDEX}; is the download complete?")
     found: dict[str, TensorInfo] = {}

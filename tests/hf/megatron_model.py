@@ -94,6 +94,7 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     models = [builder.build_model(groups, vp_stage=i if vpp else None) for i in range(vpp or 1)]
     for model in models:
+        model.eval()  # Megatron trains experts under tensor parallelism only with sequence parallel
         for p in model.parameters():
             p.data.fill_(float("nan"))
     return models

@@ -10,7 +10,7 @@ from megatron_dft.hf.export import save_hf
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.source import open_checkpoint
 from tests.hf import megatron_model
-from tests.hf.tiny import KINDS, make_tiny
+from tests.hf.tiny import KINDS, MOE_KINDS, make_tiny
 from tests.ranks import run_ranks
 
 # tp, pp, vpp; the vocabulary of 277 and the sequence of 19 divide by nothing
@@ -77,21 +77,42 @@ def reference(tmp_path_factory):
     return get
 
 
-def import_and_export_all(directories: dict[str, Path], out: Path, layout):
+def import_and_export_all(directories: dict[str, Path], out: Path, layout, groups=None):
     """All families on one set of ranks: starting ranks costs more than the models."""
-    return {k: import_and_export(d, out / k, layout) for k, d in directories.items()}
+    return {k: import_and_export(d, out / k, layout, groups=groups) for k, d in directories.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_logits_and_bytes(layout, reference, tmp_path):
-    tp, pp, _ = layout
-    models = {kind: reference(kind) for kind in KINDS}
+def check_all(kinds, world_size, layout, groups, reference, tmp_path):
+    tp = layout[0]
+    models = {kind: reference(kind) for kind in kinds}
     directories = {kind: directory for kind, (directory, _) in models.items()}
-    results = run_ranks(import_and_export_all, tp * pp, directories, tmp_path, layout)
+    results = run_ranks(import_and_export_all, world_size, directories, tmp_path, layout, groups)
     for kind, (directory, expected) in models.items():
         error = (whole_logits([r[kind] for r in results], tp) - expected).abs().max().item()
         assert error <= 1e-5, (kind, error)
         assert_same_bytes(tmp_path / kind, directory)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_logits_and_bytes(layout, reference, tmp_path):
+    check_all(KINDS, layout[0] * layout[1], layout, None, reference, tmp_path)
+
+
+# world size, tp, pp, expert-parallel, expert-tensor-parallel
+EXPERT_LAYOUTS = [
+    (2, 1, 1, 2, 1),
+    (2, 2, 1, 2, 1),
+    (4, 1, 2, 2, 1),
+    (4, 2, 1, 2, 2),
+    (4, 2, 2, 1, 2),
+]
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
+def test_expert_layouts(layout, reference, tmp_path):
+    world_size, tp, pp, ep, etp = layout
+    groups = dict(expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    check_all(MOE_KINDS, world_size, (tp, pp, None), groups, reference, tmp_path)
 
 
 def test_multi_query_attention_splits_one_key_head_over_two_ranks(reference, tmp_path):

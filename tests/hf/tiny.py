@@ -41,6 +41,7 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)
 
 # kind -> (transformers' model type, what differs from _DENSE)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,7 +54,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", dict(head_dim=16, sliding_window=None)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=16)),
+    "phi3": ("phi3", dict(original_max_position_embeddings=128)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2-moe": ("qwen2_moe", _EXPERTS | dict(shared_expert_intermediate_size=40)),
+    "qwen3-moe": ("qwen3_moe", _EXPERTS | dict(norm_topk_prob=True, mlp_only_layers=[1])),
 }
+MOE_KINDS = ("mixtral", "qwen2-moe", "qwen3-moe")
 
 
 def tiny_tokenizer() -> Any:
