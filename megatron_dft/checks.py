@@ -175,6 +175,11 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _check_output(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
+    if args.save is not None and args.save_interval is None:
+        raise ValueError(
+            f"--save {args.save}: expected --save-interval STEPS beside it, got none; "
+            "a number beyond the last step saves at the end alone"
+        )
     if args.save_hf is None:
         if args.save_hf_interval is not None:
             raise ValueError("--save-hf-interval: expected --save-hf DIR beside it, got none")

@@ -12,6 +12,7 @@ _PROGRAM_START = time.time()
 import os  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -44,11 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
         if _is_first_local_rank():
-            text = " ".join(str(error).split()) or repr(error)
-            print(f"{socket.gethostname()}: error: {text}", file=sys.stderr, flush=True)
+            print(f"{socket.gethostname()}: error: {_one_line(error)}", file=sys.stderr, flush=True)
         return CONFIGURATION_ERROR
     _train(args)
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The message; for an assertion without one, the condition that Megatron asserts."""
+    if str(error):
+        return " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron requires: {frame.line} ({frame.filename}:{frame.lineno})"
 
 
 def _configure(argv: Sequence[str]) -> Any:
@@ -72,13 +80,18 @@ def _configure(argv: Sequence[str]) -> Any:
             print(
                 f"megatron_dft: running on the CPU over gloo (megatron-core {release})", flush=True
             )
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
 
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    # Megatron's parse_and_validate_args with one step more: the data is read before
+    # set_global_variables opens the first file to write.
+    args = parse_args(extra_args_provider=add_arguments)
+    validate_args(args)
     if _is_first_local_rank():
         from megatron_dft import data_provider
 
         data_provider.prepare(args)
+    set_global_variables(args)
     return args
 
 

@@ -1,0 +1,66 @@
+"""`megatron-dft COMMAND`: one command line for everything beside training.
+
+A command is a module with SUMMARY, add_arguments(parser) and run(args) → exit status; it is
+imported only when it is called, so that `megatron-dft --help` is quick.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from megatron_dft import __version__
+
+USER_ERROR = 2
+
+# name → (module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "import": ("megatron_dft.hf.import_command", "Hugging Face checkpoint → Megatron torch_dist"),
+    "export": ("megatron_dft.hf.export_command", "Megatron torch_dist → Hugging Face checkpoint"),
+    "inspect-data": ("megatron_dft.data.inspect", "statistics and masks of chat data"),
+    "drift": ("megatron_dft.drift.command", "what fine-tuning did to the weights"),
+    "retention": ("megatron_dft.drift.retention_command", "what the tuned model still knows"),
+    "diagnose": ("megatron_dft.diagnose_command", "is DFT the right loss for this data?"),
+    "plan": ("megatron_dft.cluster.plan_command", "layouts and memory for a job"),
+    "preflight": ("megatron_dft.cluster.preflight_command", "check the nodes of an allocation"),
+    "patch": ("megatron_dft.patch_command", "put --loss into a stock Megatron-LM checkout"),
+}
+
+
+def _usage() -> str:
+    lines = [
+        "usage: megatron-dft COMMAND [options]; megatron-dft COMMAND --help for its options",
+        "",
+    ]
+    lines += [f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "Training: torchrun --nproc-per-node N -m megatron_dft.train --help"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on standard error and status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else USER_ERROR
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"megatron-dft: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return USER_ERROR
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"megatron-dft {name}", description=module.SUMMARY)
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        return module.run(args)
+    except ValueError as error:
+        print(f"megatron-dft {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
