@@ -19,6 +19,7 @@ TRAINING_DEFAULTS = frozenset(
         "max_position_embeddings",
         "moe_router_load_balancing_type",
         "moe_aux_loss_coeff",
+        "moe_router_bias_update_rate",
     }
 )
 
@@ -63,9 +64,10 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
-    arguments |= _rope(checkpoint)
-    arguments |= _window(checkpoint)
-    return arguments | family.arguments(checkpoint)
+    own = family.arguments(checkpoint)
+    if "rope_type" not in own:  # latent attention has rotary embeddings of its own
+        arguments |= _rope(checkpoint)
+    return arguments | _window(checkpoint) | own
 
 
 def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
@@ -88,6 +90,8 @@ def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
     }
     if kind == "default":
         return arguments
+    if kind == "yarn":
+        return arguments | _yarn(checkpoint, rope)
     if kind == "linear":
         return arguments | {"rotary_seq_len_interpolation_factor": rope["factor"]}
     if kind == "llama3":
@@ -98,7 +102,29 @@ def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:
                     f"Megatron hard-codes {fixed}, and the logits would be wrong without a word"
                 )
         return arguments | {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise refuse(checkpoint, "rope_type", kind, "supported are default, linear, llama3")
+    raise refuse(checkpoint, "rope_type", kind, "supported are default, linear, llama3, yarn")
+
+
+def _yarn(checkpoint: HFCheckpoint, rope: dict[str, Any]) -> dict[str, Any]:
+    if rope.get("attention_factor") is not None:
+        raise refuse(
+            checkpoint,
+            "attention_factor",
+            rope["attention_factor"],
+            "Megatron derives it from the factor and mscale",
+        )
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    return {
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": rope["factor"],
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+        "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+        "yarn_correction_range_round_to_int": rope.get("truncate", True),
+        # transformers uses the two only together; otherwise 0.1 ln(factor) + 1.
+        "mscale": rope["mscale"] if both else 1.0,
+        "mscale_all_dim": rope["mscale_all_dim"] if both else 0.0,
+    }
 
 
 def _window(checkpoint: HFCheckpoint) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The one place that knows Megatron's module tree and its process groups; load and
 and a move from GPTModel to another model class would change nothing else.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from megatron_dft.hf.source import HFCheckpoint
 _FUSED_NORM = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
 # Experts one module each (local spec), or all of a rank in one grouped linear (TE).
 _EXPERT = re.compile(
@@ -109,7 +112,12 @@ def shards(models: list[torch.nn.Module], checkpoint: HFCheckpoint) -> Iterator[
                     "not ask for"
                 )
             ranks = dense if expert is None else experts
-            yield _shard(name, table[key], layer, expert, tensor, ranks, dims)
+            rule = table[key]
+            names = tuple(n.format(layer=layer, expert=expert) for n in rule.names)
+            whole = checkpoint.tensors.get(names[0])
+            if rule.is_optional and whole is not None and whole.shape == tuple(tensor.shape):
+                rule = dataclasses.replace(rule, axis=None)
+            yield _shard(name, rule, names, tensor, ranks, dims)
 
 
 def _dimensions(config: TransformerConfig, checkpoint: HFCheckpoint) -> Dimensions:
@@ -153,13 +161,11 @@ def _key(model: torch.nn.Module, name: str) -> tuple[str, int | None, int | None
 def _shard(
     name: str,
     rule: Rule,
-    layer: int | None,
-    expert: int | None,
+    names: tuple[str, ...],
     tensor: torch.Tensor,
     ranks: _Ranks,
     dims: Dimensions,
 ) -> Shard:
-    names = tuple(n.format(layer=layer, expert=expert) for n in rule.names)
     count = 1 if rule.axis is None else ranks.group.size()
     size = tensor.shape[rule.axis or 0] * count
     runs = segments(rule, names, size, count, dims)

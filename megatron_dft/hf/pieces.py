@@ -56,12 +56,14 @@ class Rule:
     axis        the axis that tensor parallelism cuts; None where every rank holds the whole
     layout      order of the rows in Megatron's parameter; None: the one tensor as it is
     is_copy     this parameter repeats a tensor that another one owns (tied output layer)
+    is_optional some layer specs shard this parameter, others hold it whole on every rank
     """
 
     names: tuple[str, ...]
     axis: int | None = None
     layout: _Layout | None = None
     is_copy: bool = False
+    is_optional: bool = False
 
 
 def replicated(name: str) -> Rule:
@@ -71,6 +73,11 @@ def replicated(name: str) -> Rule:
 def column_parallel(name: str) -> Rule:
     """Output rows are sharded (Megatron's ColumnParallelLinear)."""
     return Rule((name,), 0)
+
+
+def column_or_replicated(name: str) -> Rule:
+    """Output rows, sharded by the local spec and whole under TE (latent down projections)."""
+    return Rule((name,), 0, is_optional=True)
 
 
 def row_parallel(name: str) -> Rule:

@@ -1,5 +1,6 @@
 """Build Megatron models for the tests of the Hugging Face conversion: on gloo ranks, on CPU."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_dft.hf.source import open_checkpoint
 
 # argparse destinations whose TransformerConfig field has another name
 _RENAMED = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
+_YARN_DEFAULTS = dict(multi_latent_attention=False, mscale=1.0, mscale_all_dim=0.0)
 
 
 def start(tp: int = 1, pp: int = 1, vpp: int | None = None, **others: int) -> None:
@@ -46,14 +48,16 @@ def build(
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.training.argument_utils import _apply_yarn_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from megatron_dft.cpu.layers import layer_spec
 
     checkpoint = open_checkpoint(directory)
     a = megatron_args(checkpoint)
-    fields = TransformerConfig.__dataclass_fields__
+    config_class = MLATransformerConfig if a.get("multi_latent_attention") else TransformerConfig
+    fields = config_class.__dataclass_fields__
     settings = {_RENAMED.get(k, k): v for k, v in a.items()}
     settings = {k: v for k, v in settings.items() if k in fields}
     settings |= dict(
@@ -75,8 +79,10 @@ def build(
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+    transformer = config_class(**(settings | config))
+    _apply_yarn_config_from_args(transformer, Namespace(**(_YARN_DEFAULTS | a)))
     model_config = GPTModelConfig(
-        transformer=TransformerConfig(**(settings | config)),
+        transformer=transformer,
         transformer_layer_spec=spec or layer_spec,
         vocab_size=a["vocab_size"],
         make_vocab_size_divisible_by=pad_to,

@@ -41,7 +41,25 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
+_YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)
+_DEEPSEEK = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=24,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=4,
+    moe_intermediate_size=24,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    rms_norm_eps=1e-6,
+    num_nextn_predict_layers=0,
+)
 
 # kind -> (transformers' model type, what differs from _DENSE)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,12 +72,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", dict(head_dim=16, sliding_window=None)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=16)),
+    "qwen3-yarn": ("qwen3", dict(head_dim=16, rope_parameters=_YARN)),
     "phi3": ("phi3", dict(original_max_position_embeddings=128)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen2-moe": ("qwen2_moe", _EXPERTS | dict(shared_expert_intermediate_size=40)),
     "qwen3-moe": ("qwen3_moe", _EXPERTS | dict(norm_topk_prob=True, mlp_only_layers=[1])),
+    "deepseek-v3": ("deepseek_v3", _DEEPSEEK),
 }
-MOE_KINDS = ("mixtral", "qwen2-moe", "qwen3-moe")
+MOE_KINDS = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3")
 
 
 def tiny_tokenizer() -> Any:
@@ -115,6 +135,9 @@ def make_tiny(
             for name, parameter in model.named_parameters():
                 if "norm" in name or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0, 0.1)
     directory = Path(directory)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(directory)

@@ -1,11 +1,11 @@
 """The architectures that megatron-dft maps itself, by the name in config.json's `architectures`."""
 
-from megatron_dft.hf.families import llama, moe
+from megatron_dft.hf.families import deepseek, llama, moe
 from megatron_dft.hf.families.base import Family, Table
 from megatron_dft.hf.pieces import vocabulary
 from megatron_dft.hf.source import HFCheckpoint
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | moe.FAMILIES
+FAMILIES: dict[str, Family] = llama.FAMILIES | moe.FAMILIES | deepseek.FAMILIES
 
 TIED_COPY = "lm_head.weight"  # present or not where the output layer is tied to the embedding
 

@@ -45,7 +45,7 @@ MIXTRAL: Table = without_dense_mlp(LLAMA) | experts(
 
 
 def routing(count: int, top_k: int, hidden: int, normalised: bool) -> dict[str, Any]:
-    """Softmax routing; weights normalised over the chosen experts are a softmax after the choice."""
+    """Softmax routing; weights normalised over the chosen are a softmax after the choice."""
     return {
         "num_experts": count,
         "moe_router_topk": top_k,
