@@ -20,89 +20,98 @@ INSTRUCTION = (
     "Solve the problem. Write one calculation per line, then a last line '#### ' with the answer."
 )
 
-# kind → the two calculations in order; `_` is the result of the first.
-STEPS = {
-    "product plus": (("a", "*", "b"), ("_", "+", "c")),
-    "product minus": (("a", "*", "b"), ("_", "-", "c")),
-    "sum minus": (("a", "+", "b"), ("_", "-", "c")),
-    "sum times": (("a", "+", "b"), ("_", "*", "c")),
+# kind → the two operators; the numbers stand in the question in the order of the calculation.
+KINDS = {
+    "add add": "++",
+    "add take": "+-",
+    "take add": "-+",
+    "times add": "*+",
+    "times take": "*-",
 }
 
 TRAIN_TEMPLATES = {
-    "product plus": (
-        "{name} buys {a} boxes with {b} {thing} in each box and finds {c} more {thing} at home. "
+    "add add": (
+        "{name} has {a} {thing} and gets {b} more from a friend. Then {name} buys {c} more. "
         "How many {thing} does {name} have?",
-        "There are {a} rows of {b} {thing}. {name} puts {c} extra {thing} on the table. "
-        "How many {thing} are there in all?",
-        "{name} had {c} {thing}. Then {name} filled {a} bags with {b} {thing} each. "
-        "How many {thing} are there now?",
-        "{a} friends give {name} {b} {thing} each, and {name} makes {c} more. "
-        "How many {thing} is that in total?",
-        "Besides {c} loose {thing}, there are {a} bundles of {b} {thing}. "
-        "How many {thing} are there altogether?",
+        "There are {a} {thing} in a box, {b} in a bag and {c} on the table. "
+        "How many {thing} are there in total?",
+        "{name} finds {a} {thing} on Monday, {b} on Tuesday and {c} on Sunday. "
+        "How many {thing} does {name} find?",
+        "{name} owns {a} red {thing}, {b} blue {thing} and {c} green {thing}. "
+        "How many {thing} does {name} own?",
     ),
-    "product minus": (
-        "{name} has {a} packs of {b} {thing}. {name} gives away {c} {thing}. "
-        "How many {thing} are left?",
-        "A shop has {a} shelves with {b} {thing} on each shelf. {name} buys {c} {thing}. "
-        "How many {thing} remain in the shop?",
-        "{name} carries {a} baskets of {b} {thing}, but {c} {thing} fall out. "
-        "How many {thing} does {name} still have?",
-        "Every month for {a} months {name} saves {b} {thing}. Then {c} {thing} get lost. "
-        "How many {thing} does {name} have?",
-        "There are {b} {thing} in each of {a} drawers. Visitors borrow {c} of the {thing}. "
-        "How many {thing} are still there?",
-    ),
-    "sum minus": (
+    "add take": (
         "{name} has {a} {thing} and gets {b} more. Then {name} loses {c} {thing}. "
         "How many {thing} does {name} have now?",
-        "There are {a} {thing} in one box and {b} {thing} in another. {name} takes {c} of them. "
+        "There are {a} {thing} in one box and {b} in another. {name} takes {c} of them away. "
         "How many {thing} are left?",
         "{name} finds {a} {thing} in the morning and {b} at noon, and sells {c} in the evening. "
         "How many {thing} remain?",
-        "A sister gave {name} {a} {thing} and a brother {b}. Later {c} of them went missing. "
-        "How many {thing} were not missing?",
-        "{name} put {a} old and {b} new {thing} in a bag. {c} {thing} fell out. "
-        "How many {thing} stayed in the bag?",
+        "A sister gives {name} {a} {thing} and a brother gives {b}. {name} gives {c} to a friend. "
+        "How many {thing} does {name} keep?",
     ),
-    "sum times": (
-        "Each box holds {a} red {thing} and {b} blue {thing}. {name} has {c} boxes. "
+    "take add": (
+        "{name} has {a} {thing} and gives away {b}. Then {name} gets {c} new {thing}. "
+        "How many {thing} does {name} have now?",
+        "There are {a} {thing} in a shop. People buy {b} of them, and {c} new {thing} arrive. "
+        "How many {thing} are in the shop?",
+        "{name} carries {a} {thing}. {b} of them fall down, and {name} picks up {c} others. "
+        "How many {thing} does {name} carry?",
+        "From {a} {thing} {name} loses {b}, and later finds {c} more. "
         "How many {thing} does {name} have?",
-        "Every day {name} makes {a} {thing} before lunch and {b} {thing} after lunch. "
-        "How many {thing} does {name} make in {c} days?",
-        "{name} packs {a} big and {b} small {thing} into every bag. "
-        "How many {thing} are in {c} bags?",
-        "{c} friends own {a} round {thing} and {b} square {thing} each. "
-        "How many {thing} do the friends own together?",
-        "A set has {a} {thing}, with {b} spare {thing} added. {name} orders {c} sets. "
-        "How many {thing} arrive?",
+    ),
+    "times add": (
+        "{name} buys {a} boxes with {b} {thing} in each box and finds {c} more {thing}. "
+        "How many {thing} does {name} have?",
+        "There are {a} rows of {b} {thing}. {name} puts {c} extra {thing} on the table. "
+        "How many {thing} are there in all?",
+        "{name} fills {a} bags with {b} {thing} each. Then {c} more {thing} arrive. "
+        "How many {thing} are there now?",
+        "{a} friends give {name} {b} {thing} each, and {name} makes {c} more. "
+        "How many {thing} is that in total?",
+    ),
+    "times take": (
+        "{name} has {a} packs of {b} {thing} each and gives away {c} {thing}. "
+        "How many {thing} are left?",
+        "A shop has {a} shelves with {b} {thing} on each shelf. {name} buys {c} {thing}. "
+        "How many {thing} remain in the shop?",
+        "{name} carries {a} baskets of {b} {thing} each, but {c} {thing} fall out. "
+        "How many {thing} does {name} still have?",
+        "There are {a} drawers with {b} {thing} in each drawer. Visitors take {c} {thing}. "
+        "How many {thing} are still there?",
     ),
 }
 
 HELD_OUT_TEMPLATES = {
-    "product plus": (
-        "{name} received {c} {thing} from a friend and then bought {a} trays holding {b} {thing} "
-        "each. What is the total number of {thing}?",
+    "add add": (
+        "{name} picked {a} {thing} before lunch, {b} after lunch and another {c} at night. "
+        "What is the total number of {thing}?",
+        "A truck brings {a} {thing}, a van brings {b} and a bicycle brings {c}. "
+        "How many {thing} do they bring together?",
+    ),
+    "add take": (
+        "{name} owned {a} {thing} and a neighbour brought {b} more, but {c} were broken and thrown "
+        "away. How many {thing} were left?",
+        "In the garden {name} saw {a} {thing} and then {b} more. The wind took {c} of them. "
+        "How many {thing} stayed?",
+    ),
+    "take add": (
+        "{name} started with {a} {thing}, sold {b} of them and then bought {c}. "
+        "How many {thing} did {name} end with?",
+        "A basket held {a} {thing}. {name} ate {b} of them, and mother added {c} to the basket. "
+        "How many {thing} did the basket hold then?",
+    ),
+    "times add": (
+        "A baker arranged {a} plates with {b} {thing} on every plate and kept {c} {thing} in the "
+        "kitchen. What is the total number of {thing}?",
         "A truck brings {a} crates, and every crate contains {b} {thing}. {name} adds {c} {thing}. "
         "What is the total number of {thing}?",
     ),
-    "product minus": (
-        "A baker arranges {thing} on {a} plates, {b} on every plate. Customers take {c} of them. "
-        "How many {thing} stay on the plates?",
-        "{name} collects {b} {thing} a week for {a} weeks and then throws away {c}. "
-        "How many {thing} does {name} keep?",
-    ),
-    "sum minus": (
-        "{name} owned {a} {thing}. A neighbour brought {b} more, but {c} were broken. "
-        "How many good {thing} are there?",
-        "On Monday {name} picked {a} {thing}, on Tuesday {b}. {name} ate {c} of the {thing}. "
-        "How many {thing} were not eaten?",
-    ),
-    "sum times": (
-        "{c} children each bring {a} old {thing} and {b} new {thing}. "
-        "How many {thing} do the children bring together?",
-        "A ticket gives {name} {a} {thing} plus a bonus of {b} {thing}. "
-        "How many {thing} does {name} get for {c} tickets?",
+    "times take": (
+        "{name} collected {thing} for {a} weeks, {b} every week, and then threw away {c}. "
+        "How many {thing} did {name} keep?",
+        "A farmer has {a} sacks, and every sack contains {b} {thing}. Mice eat {c} of the {thing}. "
+        "How many {thing} are not eaten?",
     ),
 }
 
@@ -131,16 +140,14 @@ class Problem:
         ]
 
 
-def solve(kind: str, a: int, b: int, c: int) -> tuple[str, int]:
-    """The worked solution and its answer."""
+def solve(kind: str, a: int, b: int, c: int) -> tuple[str, tuple[int, int]]:
+    """The worked solution, and the results of its two calculations."""
     operations = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-    values = {"a": a, "b": b, "c": c}
-    lines = []
-    for left, operator, right in STEPS[kind]:
-        result = operations[operator](values[left], values[right])
-        lines.append(f"{values[left]} {operator} {values[right]} = {result}")
-        values["_"] = result
-    return "\n".join([*lines, f"#### {values['_']}"]), values["_"]
+    first, second = KINDS[kind]
+    middle = operations[first](a, b)
+    answer = operations[second](middle, c)
+    text = f"{a} {first} {b} = {middle}\n{middle} {second} {c} = {answer}\n#### {answer}"
+    return text, (middle, answer)
 
 
 def extract_answer(text: str) -> int | None:
@@ -158,27 +165,27 @@ def extract_answer(text: str) -> int | None:
 
 def _number_pools(rng: random.Random) -> tuple[dict[str, list], dict[str, list]]:
     """For each kind the (a, b, c) of training and of held-out problems: disjoint over all kinds."""
-    triples = list(itertools.product(range(2, 10), range(2, 10), range(2, 10)))
+    triples = list(itertools.product(range(2, 13), range(2, 10), range(2, 10)))
     triples = [t for t in triples if len(set(t)) == 3]
     rng.shuffle(triples)
     held_out = len(triples) // 4
     pools: tuple[dict[str, list], dict[str, list]] = ({}, {})
-    for kind in STEPS:
+    for kind in KINDS:
         for pool, part in zip(pools, (triples[held_out:], triples[:held_out]), strict=True):
-            pool[kind] = [t for t in part if solve(kind, *t)[1] > 0]
+            pool[kind] = [t for t in part if min(solve(kind, *t)[1]) > 0]
             rng.shuffle(pool[kind])
     return pools
 
 
 def _problems(pool, templates, names, things, rng) -> Iterator[Problem]:
-    kinds = list(STEPS)
+    kinds = list(KINDS)
     supply = {kind: itertools.cycle(pool[kind]) for kind in kinds}
     for i in itertools.count():
         kind = kinds[i % len(kinds)]
         numbers = next(supply[kind])
         fields = dict(zip("abc", numbers, strict=True), name=rng.choice(names))
         question = rng.choice(templates[kind]).format(thing=rng.choice(things), **fields)
-        solution, answer = solve(kind, *numbers)
+        solution, (_, answer) = solve(kind, *numbers)
         yield Problem(kind, numbers, question, solution, answer)
 
 
@@ -190,7 +197,7 @@ def make_problems(train: int, held_out: int, seed: int) -> tuple[list[Problem], 
     rng = random.Random(seed)
     train_pool, held_out_pool = _number_pools(rng)
     for name, count, pool in (("train", train, train_pool), ("held-out", held_out, held_out_pool)):
-        most = len(STEPS) * min(map(len, pool.values()))
+        most = len(KINDS) * min(map(len, pool.values()))
         if not 0 <= count <= most:
             raise ValueError(f"--{name}: expected 0 to {most} problems, got {count}; ask for fewer")
     make = _problems(train_pool, TRAIN_TEMPLATES, TRAIN_NAMES, TRAIN_THINGS, rng)
