@@ -28,8 +28,8 @@ from megatron_dft.losses import objectives
 from megatron_dft.losses.weighting import Entry, Objective, Parameter
 
 
-def _row(function, source, *parameters, needs=(), per_conversation=False) -> Entry:
-    return Entry(function, source, parameters, frozenset(needs), per_conversation)
+def _row(function, source, *parameters, needs=(), **scope) -> Entry:
+    return Entry(function, source, parameters, frozenset(needs), **scope)
 
 
 _P = Parameter
@@ -74,6 +74,7 @@ OBJECTIVES: dict[str, Entry] = {
             "τ in p^(1/τ), nats; 0 takes the micro-batch's median cross entropy",
             0.0,
         ),
+        per_batch=True,
     ),
     "chord-phi": _row(objectives.chord_phi, "2508.11408"),
     "iw-sft": _row(

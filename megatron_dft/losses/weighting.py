@@ -59,6 +59,7 @@ class Entry:
     parameters: tuple[Parameter, ...] = ()
     needs: frozenset[str] = frozenset()
     per_conversation: bool = False
+    per_batch: bool = False
 
 
 class _WeightedTokenLoss(torch.autograd.Function):
@@ -93,6 +94,11 @@ class Objective:
     def per_conversation(self) -> bool:
         """Whether packed data has to come with segment_ids."""
         return self.entry.per_conversation or self.values.get("level") == "sequence"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's weight follows from that token's statistics alone."""
+        return not (self.per_conversation or self.entry.per_batch)
 
     def terms(self, stats: TokenStats) -> Terms:
         """Weight, value and extra term, 0 where not supervised; no gradient to log_prob."""
