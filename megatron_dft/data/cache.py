@@ -24,22 +24,28 @@ VERSION = 1
 _SETTLED_SECONDS = 2.0
 
 
-def store_key(
+def store_parts(
     source: Source, spec: EncoderSpec, data_format: str | None, cache: Path | None
-) -> str:
-    """Hex name of a source's tokenised form: same name, same tokens, wherever the files lie."""
+) -> dict[str, Any]:
+    """All that decides a source's tokens, as hashes and short values: same parts, same tokens.
+
+    Where the files lie is no part of it, only what they hold.
+    """
     if source.kind == "hub":
         content = [open_dataset(source)._fingerprint]
     else:
         content = [content_hash(Path(p), cache) for p in source.paths]
-    return digest([VERSION, source.kind == "files", content, data_format, spec_hash(spec)])
-
-
-def spec_hash(spec: EncoderSpec) -> str:
-    """Hex digest of tokenizer, template and everything else that decides a row's tokens."""
-    return digest(
-        [spec.tokenizer_json, dict(spec.templates), dict(spec.variables), spec.date, spec.rewrites]
-    )
+    return {
+        "version": VERSION,
+        "kind": source.kind,
+        "content": digest(content),
+        "format": data_format,
+        "tokenizer": digest(spec.tokenizer_json),
+        "chat_template": digest(dict(spec.templates)),
+        "template_args": digest(dict(spec.variables)),
+        "template_date": spec.date,
+        "chat_rewrites": spec.rewrites,
+    }
 
 
 def digest(value: Any) -> str:

@@ -85,6 +85,8 @@ class ChatEncoder:
         date = datetime.date.fromisoformat(spec.date) if spec.date else None
         self.template = ChatTemplate(spec.templates, spec.variables, date)
         self._end_of_turn = self._find_end_of_turn()
+        if not self.template.has_marks:
+            self._check_generation_prompt()
 
     # -- characters ---------------------------------------------------------------------------
 
@@ -205,6 +207,19 @@ class ChatEncoder:
                     "{% endgeneration %} behind it"
                 )
         return found.group()
+
+    def _check_generation_prompt(self) -> None:
+        """A template that no row could pass is the template's fault, not the first row's."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            self._turn_span(self.template.render(probe), probe, None, 1)
+        except RowError:
+            raise ValueError(
+                "the chat template's generation prompt does not begin its rendering of the answer "
+                "(a stray character at its end, or a prompt that opens a <think> block), so no "
+                "mask is right; mend it, or mark the answers with {% generation %}, and give it "
+                "with --chat-template FILE"
+            ) from None
 
     # -- tokens -------------------------------------------------------------------------------
 

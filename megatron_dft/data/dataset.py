@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from megatron_dft.data.order import EpochOrder
 from megatron_dft.data.overlong import OVERLONG, Conversations
 from megatron_dft.data.prepare import PrepareOptions, prepare
-from megatron_dft.data.row_plan import RowPlan
+from megatron_dft.data.row_plan import RowPlan, pack_granularity
 from megatron_dft.data.rows import build_row
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec, pad_token_id
@@ -126,22 +126,22 @@ def build_dataset(
     stores = prepare(parsed, spec, options)
     conversations = Conversations(stores, seq_length, overlong)
     weights = [s.weight for s in parsed if s.weight is not None] or None
+    granularity = pack_granularity(pad_multiple) if packing else 1
     identity = {
-        "conversations": [s.meta.get("key") for s in stores],
+        "sources": [s.meta["parts"] for s in stores],
         "weights": weights,
-        "seed": seed if shuffle else None,
+        "seed": seed,
         "seq_length": seq_length,
         "overlong": overlong,
         "packing": packing,
-        "pad_multiple": pad_multiple if packing else 1,
+        "pack_granularity": granularity,
     }
-    # Positions: the last token is a label only; packed conversations are padded for CP.
-    lengths = -(-(conversations.lengths() - 1) // pad_multiple) * pad_multiple
     plan = RowPlan(
         EpochOrder(conversations.sizes(), weights, seed),
-        lengths,
+        conversations.lengths() - 1,  # the last token of each is a label only
         seq_length=seq_length,
         packing=packing,
+        granularity=granularity,
         shuffle=shuffle,
         seed=seed,
         num_samples=num_samples,

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.cache import locked, store_key
+from megatron_dft.data.cache import digest, locked, store_parts
 from megatron_dft.data.chat_mask import EncoderSpec
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
@@ -49,7 +49,7 @@ class PrepareOptions:
 def prepare(
     sources: Sequence[Source], spec: EncoderSpec, options: PrepareOptions
 ) -> list[TokenStore]:
-    """One store for each source, in their order; `meta["key"]` names its content.
+    """One store for each source, in their order; `meta["parts"]` says what its tokens depend on.
 
     With a cache directory, processes that call this at the same time (ranks, jobs) share the work:
     one tokenises, the others wait for it.
@@ -60,10 +60,10 @@ def prepare(
     cache = None if options.cache_dir is None else Path(options.cache_dir)
     stores = []
     for source in sources:
-        key = store_key(source, spec, options.data_format, cache)
-        store = _prepare_one(source, key, spec, options, cache)
+        parts = store_parts(source, spec, options.data_format, cache)
+        store = _prepare_one(source, digest(parts), spec, options, cache)
         # The content is the same wherever the files lie now.
-        store.meta["paths"] = _names(source)
+        store.meta.update(paths=_names(source), parts=parts)
         check_bad_rows(store, source.name, options)
         stores.append(store)
     return stores

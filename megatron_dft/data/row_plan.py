@@ -15,6 +15,16 @@ from megatron_dft.data.order import EpochOrder
 from megatron_dft.data.packing import Packs, pack
 
 _VERSION = 1
+_GRANULARITY = 8
+
+
+def pack_granularity(pad_multiple: int) -> int:
+    """In what multiples packing counts lengths, given what context parallelism pads them to.
+
+    Eight serves every context-parallel size up to four alike, so that these layouts share rows and
+    a run may go on with another of them; it costs 3.5 positions a conversation on average.
+    """
+    return _GRANULARITY if _GRANULARITY % pad_multiple == 0 else pad_multiple
 
 
 class RowPlan:
@@ -22,9 +32,10 @@ class RowPlan:
 
     Args:
         order: which conversations come in which epoch.
-        lengths: int64 [N]: positions that each conversation takes, padding for CP included.
+        lengths: int64 [N]: positions that each conversation takes, without padding.
         seq_length: positions in a row.
         packing: as many conversations as fit in a row; otherwise one.
+        granularity: packing counts each conversation in multiples of it (pack_granularity).
         shuffle: False for validation: one pass in file order, over and over, filled up to
             batch_multiple rows with empty ones.
         seed: the run's seed.
@@ -40,6 +51,7 @@ class RowPlan:
         *,
         seq_length: int,
         packing: bool,
+        granularity: int,
         shuffle: bool,
         seed: int,
         num_samples: int | None,
@@ -49,8 +61,10 @@ class RowPlan:
     ) -> None:
         self._order, self._lengths, self._seq_length = order, lengths, seq_length
         self._packing, self._shuffle, self._seed = packing, shuffle, seed
+        rounded = -(-lengths // granularity) * granularity
+        self._sizes = np.minimum(rounded, seq_length)
         self._cache = cache
-        text = json.dumps([_VERSION, cache_key, seq_length, shuffle, seed])
+        text = json.dumps([_VERSION, cache_key, seq_length, granularity, shuffle, seed])
         self._name = hashlib.sha256(text.encode()).hexdigest()[:24]
         self._epochs = [self._epoch(0)]
         self._ends = [len(self._epochs[0])]
@@ -93,10 +107,10 @@ class RowPlan:
             return _load(path)
         if self._shuffle:
             key: tuple[int, ...] | None = (self._seed, 2, epoch)
-            packs = pack(self._order.epoch(epoch), self._lengths, self._seq_length, key)
+            packs = pack(self._order.epoch(epoch), self._sizes, self._seq_length, key)
         else:
             order = self._order.in_file_order()
-            packs = pack(order, self._lengths, self._seq_length, None)
+            packs = pack(order, self._sizes, self._seq_length, None)
         if path is None:
             return packs
         _save(path, packs)

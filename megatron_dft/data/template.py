@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
@@ -47,6 +48,23 @@ class _GenerationMarks(jinja2.ext.Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with two short cuts for what chat templates do at every message.
+
+    Both give what the sandbox gives: a loop's public attributes are safe, and a dict without a
+    method of that name has only its item.
+    """
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict:
+            if attribute in obj and not hasattr(dict, attribute):
+                return obj[attribute]
+        elif kind is LoopContext and attribute[0] != "_":
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
 
 # Private-use characters of plane 16; a row that contains one is refused before it is rendered.
@@ -85,7 +103,7 @@ class ChatTemplate:
     def __init__(
         self, templates: Mapping[str, str], variables: Mapping[str, Any], date: Any = None
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationMarks, jinja2.ext.loopcontrols],
@@ -94,7 +112,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = self._strftime_now
         self._date = date
-        self._variables = dict(variables)
+        # Merged once: Jinja would merge globals and variables again at every rendering.
+        self._names = {**environment.globals, "documents": None, **variables}
         try:
             self._compiled = {n: environment.from_string(s) for n, s in templates.items()}
         except jinja2.TemplateSyntaxError as error:
@@ -148,13 +167,15 @@ class ChatTemplate:
     ) -> str:
         name = "tool_use" if tools and "tool_use" in self._compiled else "default"
         try:
-            return self._compiled[name].render(
-                messages=messages,
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
+            template = self._compiled[name]
+            names = {
+                **self._names,
+                "messages": messages,
+                "tools": tools or None,
+                "add_generation_prompt": prompt,
+            }
+            context = template.new_context(names, shared=True)
+            return "".join(template.root_render_func(context))
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses it: {_one_line(error)}") from None
         except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:

@@ -89,7 +89,7 @@ def test_the_cache_goes_by_content(tmp_path, tokenizer):
     spec = encoder_spec(tokenizer)
 
     def key(where, spec=spec, data_format=None):
-        return cache.store_key(parse_sources([where])[0], spec, data_format, tmp_path / "c")
+        return cache.store_parts(parse_sources([where])[0], spec, data_format, tmp_path / "c")
 
     first = key(path)
     assert key(write_jsonl(tmp_path / "copy.jsonl", rows)) == first
@@ -100,7 +100,7 @@ def test_the_cache_goes_by_content(tmp_path, tokenizer):
     assert key(path, encoder_spec(tokenizer, template_date="2024-01-01")) != first
     assert key(path, encoder_spec(tokenizer, rewrites="refuse")) != first
     other = chatml_tokenizer()
-    other.chat_template += " "
+    other.chat_template += "{# changed #}"
     assert key(path, encoder_spec(other)) != first
     more = chatml_tokenizer()
     more.add_tokens(["zzz"])

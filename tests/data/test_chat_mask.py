@@ -233,11 +233,18 @@ def test_templates_that_cannot_give_a_right_mask_are_refused(template, fault):
 
 def test_a_prompt_that_does_not_begin_the_turn_is_refused():
     prompt = "{{ '<|im_start|>assistant\n' }}"
-    tokenizer, encoder = _marked(
-        CHATML_TEMPLATE.replace(prompt, "{{ '<|im_start|>assistant\n<think>\n' }}")
+    opened = CHATML_TEMPLATE.replace(prompt, "{{ '<|im_start|>assistant\n<think>\n' }}")
+    for template in (opened, CHATML_TEMPLATE + " "):
+        with pytest.raises(ValueError, match="generation prompt does not begin its rendering"):
+            _marked(template)
+    # Only some rows: the prompt opens a block for questions about x alone.
+    sometimes = CHATML_TEMPLATE.replace(
+        prompt, prompt + "{% if 'x' in messages[-1].content %}{{ '<think>' }}{% endif %}"
     )
-    with pytest.raises(RowError, match="generation prompt does not begin its rendering"):
-        _encode(encoder, {"messages": chat("a", "b")})
+    _, encoder = _marked(sometimes)
+    assert len(_encode(encoder, {"messages": chat("a", "b")})) == 1
+    with pytest.raises(RowError, match="message 1: .* prompt does not begin its rendering"):
+        _encode(encoder, {"messages": chat("x", "b")})
 
 
 def test_todays_date_is_refused_until_it_is_fixed():

@@ -47,15 +47,19 @@ def test_log_normal_lengths_fill_98_percent_and_more():
     lengths = np.random.default_rng(0).lognormal(np.log(300), 1.0, 40_000).astype(np.int64) + 1
     lengths = lengths[lengths <= 4096]
     plan = RowPlan(
-        EpochOrder([len(lengths)], None, 1), lengths, seq_length=4096, packing=True, shuffle=True,
+        EpochOrder([len(lengths)], None, 1), lengths, seq_length=4096, packing=True,
+        granularity=8, shuffle=True,
         seed=1, num_samples=None,
     )  # fmt: skip
-    assert plan.efficiency() >= 0.995
+    assert plan.efficiency() >= 0.99
 
 
 def _plan(lengths, cache, **options):
     order = EpochOrder([len(lengths)], None, options.get("seed", 1))
-    options = dict(seq_length=100, packing=True, shuffle=True, seed=1, num_samples=40) | options
+    options = (
+        dict(seq_length=100, granularity=1, packing=True, shuffle=True, seed=1, num_samples=40)
+        | options
+    )
     return RowPlan(order, lengths, cache=cache, cache_key="k", **options)
 
 
@@ -123,6 +127,16 @@ def test_packed_rows_hold_each_conversation_whole_and_alone(tmp_path, tokenizer,
         assert ("cu_seqlens_padded" in row) == (pad_multiple > 1)
     assert sorted(seen) == list(range(30))
     assert len({len(data[i]["cu_seqlens"]) for i in range(len(data))}) == 1
+
+
+def test_context_parallel_sizes_up_to_four_share_the_rows(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(60))
+
+    def members(pad_multiple):
+        data = build_dataset([path], tokenizer, seq_length=144, pad_multiple=pad_multiple)
+        return [data.plan.members(i).tolist() for i in range(len(data))]
+
+    assert members(1) == members(4) == members(8) != members(16)
 
 
 def test_packed_validation_is_one_pass_with_rows_that_do_not_count(tmp_path, tokenizer):
