@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron's torch_dist writer imports it without declaring it
         "rich>=13",
+        "tensorboard>=2.15",  # without it Megatron ignores --tensorboard-dir
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.11"],

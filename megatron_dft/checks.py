@@ -149,6 +149,11 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
             f"--context-parallel-size {cp} = {tp * pp * cp}: expected a divisor of the number of "
             f"ranks, got {world_size}; change the layout or torchrun's --nproc-per-node"
         )
+    if not args.no_packing and args.micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size: a packed row is a micro-batch of 1, got {args.micro_batch_size}; "
+            "raise --seq-length instead, or add --no-packing"
+        )
     data_parallel = world_size // (tp * pp * cp)
     step = args.micro_batch_size * data_parallel
     if args.global_batch_size is not None and args.global_batch_size % step:

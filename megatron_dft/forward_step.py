@@ -34,18 +34,20 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
     Every rank of a replica reads the same rows itself (the data set is the same pure function of
     the sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
 
-    Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s], and for packed rows
-    cu_seqlens, cu_seqlens_padded int32 [n+1] (global) and max_seqlen (int); b is 1 then.
+    Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s]; under context
+    parallelism held int64 [s] (global positions); for packed rows cu_seqlens int32 [n+1] (global,
+    each conversation with its padding) and max_seqlen (int), b is 1 then.
     """
     raw = next(data_iterator)
     batch: dict[str, Any] = {key: raw[key].cuda(non_blocking=True) for key in _PER_TOKEN}
     boundaries = None
     if "cu_seqlens" in raw:
-        for key in ("cu_seqlens", "cu_seqlens_padded"):
-            if key in raw:
-                batch[key] = raw[key].squeeze(0).cuda(non_blocking=True)
+        # One packed row a micro-batch (checks.py); rows are filled up with copies of the last edge.
+        # CP needs conversations padded to a multiple; the padding belongs to the conversation.
+        edges = raw.get("cu_seqlens_padded", raw["cu_seqlens"])[0]
+        edges = edges[: int((edges < edges[-1]).sum()) + 1]
+        boundaries = batch["cu_seqlens"] = edges.cuda(non_blocking=True)
         batch["max_seqlen"] = int(raw["max_seqlen"].max())
-        boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
     size = mpu.get_context_parallel_world_size()
     if size > 1:
         rank = mpu.get_context_parallel_rank()
@@ -61,10 +63,9 @@ def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
     """Megatron's description of a packed (thd) row, None for one sequence a row."""
     if "cu_seqlens" not in batch:
         return None
-    boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
+    boundaries = batch["cu_seqlens"]
     return PackedSeqParams(
         qkv_format="thd",
-        # Padding belongs to the conversation before it; its labels are masked.
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
         cu_seqlens_q_padded=boundaries,
@@ -79,7 +80,7 @@ def _segments(batch: dict[str, Any]) -> dict[str, Any]:
     """Each token's conversation, for the objectives that weigh whole conversations."""
     if "cu_seqlens" not in batch:
         return {}
-    boundaries = batch.get("cu_seqlens_padded", batch["cu_seqlens"])
+    boundaries = batch["cu_seqlens"]
     tokens = batch["tokens"]
     positions = batch.get("held")
     if positions is None:

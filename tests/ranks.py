@@ -108,7 +108,8 @@ def run_ranks(
             _CONTEXT.Process(
                 target=_rank_main,
                 args=(fn, r, world_size, args, kwargs, init, port, directory, env or {}),
-                daemon=True,
+                # Not a daemon: Megatron's checkpoint writer forks helpers of its own.
+                daemon=False,
             )
             for r in range(world_size)
         ]

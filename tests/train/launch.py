@@ -1,5 +1,6 @@
 """Run `megatron_dft.train` on N gloo ranks of the fork server, and hear every figure."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 
 
-def _rank(argv: list[str]) -> tuple[int, list[dict[str, float]]]:
+def _rank(argv: list[str], before: Callable[[], None] | None) -> tuple[int, list[dict[str, float]]]:
     from megatron_dft import progress, report, train
 
     heard: list[dict[str, float]] = []
@@ -24,12 +25,22 @@ def _rank(argv: list[str]) -> tuple[int, list[dict[str, float]]]:
         plain(self, losses, call)
 
     progress.Progress.log = log  # type: ignore[method-assign]
+    if before is not None:
+        before()
     return train.main(argv), heard
 
 
-def run_train(world_size: int, *argv: str, timeout: float = 300) -> list[dict[str, float]]:
-    """Train on `world_size` ranks; the figures of each step, of the last rank. Exit status 0."""
-    results = run_ranks(_rank, world_size, list(argv), init=False, timeout=timeout)
+def run_train(
+    world_size: int,
+    *argv: str,
+    before: Callable[[], None] | None = None,
+    timeout: float = 300,
+) -> list[dict[str, float]]:
+    """Train on `world_size` ranks; the figures of each step, of the last rank. Exit status 0.
+
+    `before`, a module-level function, runs on each rank first: to break or replace a part.
+    """
+    results = run_ranks(_rank, world_size, list(argv), before, init=False, timeout=timeout)
     assert [code for code, _ in results] == [0] * world_size
     return results[-1][1]
 
@@ -49,7 +60,7 @@ def flags(model: Path, data: Path, **given: Any) -> list[str]:
         "clip_grad": 1.0,
         "weight_decay": 0.01,
         "make_vocab_size_divisible_by": 8,
-        "num_workers": 0,
+        "no_packing": True,
         **given,
     }
     words: list[str] = []

@@ -25,7 +25,7 @@ def run(tmp_path_factory, tiny_model, chats):
     def run(name, loss):
         world_size, layout = (1, {}) if name == "single" else LAYOUTS[name]
         out = directory / f"{name}-{loss}"
-        argv = flags(tiny_model, chats, loss=loss, save_hf=out, no_packing=True, **layout)
+        argv = flags(tiny_model, chats, loss=loss, save_hf=out, **layout)
         return run_train(world_size, *argv), weights(out)
 
     return run

@@ -18,7 +18,7 @@ def _batches(model, data, order):
 def megatron(tmp_path_factory, tiny_model, chats):
     """Figures, weights, and which conversation stood at each sample number."""
     out = tmp_path_factory.mktemp("reference") / "out"
-    curve = run_train(1, *flags(tiny_model, chats, loss="dft", save_hf=out, no_packing=True))
+    curve = run_train(1, *flags(tiny_model, chats, loss="dft", save_hf=out))
     from megatron_dft.data.dataset import build_dataset
     from megatron_dft.data.tokenizer import load_tokenizer
 

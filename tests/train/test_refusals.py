@@ -61,6 +61,7 @@ CASES = {
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
     "a flag that Megatron refuses": (dict(lr_warmup_fraction=0.1, lr_warmup_iters=3), ["warmup"]),
     "evaluation without data": (dict(eval_iters=2), ["--eval-iters", "--valid-data"]),
+    "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (
         dict(global_batch_size=7),
         ["--global-batch-size", "multiple", "7"],
