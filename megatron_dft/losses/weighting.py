@@ -115,7 +115,7 @@ class Objective:
 
         log_prob = only_supervised(stats.log_prob.detach())
         constants: dict[str, Any] = {
-            field: only_supervised(getattr(stats, field).detach())
+            field: only_supervised(getattr(stats, field).detach().to(log_prob.dtype))
             for field in _CONSTANT_FIELDS
             if getattr(stats, field) is not None
         }

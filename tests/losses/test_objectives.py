@@ -1,0 +1,247 @@
+"""Objectives on given token statistics: values, weights, gradients, masks, conversations, flags."""
+
+import argparse
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dft.losses import registry
+from megatron_dft.losses.token_stats import TokenStats
+from tests.losses.reference import P_ONLY, PARAMETERS
+from tests.ranks import run_ranks
+
+NEEDS = ("entropy_top20", "sum_sq_prob", "reference_log_prob", "kl")
+
+
+def stats_of(log_prob, mask, **fields) -> TokenStats:
+    """Statistics with harmless values for whatever an objective may need."""
+    defaults = {name: torch.full_like(log_prob.detach(), 0.4) for name in NEEDS}
+    defaults["reference_log_prob"] = log_prob.detach() - 0.1
+    return TokenStats(log_prob, mask, **{**defaults, **fields})
+
+
+def objective_of(name: str):
+    return registry.get(name.split("/")[0], **PARAMETERS[name])
+
+
+def test_every_row_of_the_registry_is_under_test():
+    assert {name.split("/")[0] for name in PARAMETERS} == set(registry.OBJECTIVES)
+
+
+def test_dft_is_p_times_cross_entropy_with_the_gradient_of_minus_p():
+    log_prob = torch.tensor([-0.1, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    loss, weight = registry.get("dft")(TokenStats(log_prob, torch.ones(3)))
+    p = log_prob.detach().exp()
+    torch.testing.assert_close(loss.detach(), -p * p.log())
+    torch.testing.assert_close(weight, p)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
+    # Without the detach it would be −p(1 + log p): of the other sign for p < 1/e.
+    torch.testing.assert_close(gradient, -p)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_weight_is_the_gradient_and_ignored_tokens_do_not_matter(name):
+    torch.manual_seed(0)
+    log_prob = -3 * torch.rand(4, 6, dtype=torch.float64)
+    mask = torch.rand(4, 6) < 0.5
+    mask[2] = False
+    reference = log_prob - 0.3 * torch.randn(4, 6)
+    results = []
+    for garbage in (0.0, torch.nan, torch.inf, -torch.inf, 7.0):
+        fields = {
+            "reference_log_prob": torch.where(mask, reference, garbage),
+            "kl": torch.where(mask, 0.2, garbage),
+            "entropy_top20": torch.where(mask, 1.2, garbage),
+            "sum_sq_prob": torch.where(mask, 0.3, garbage),
+        }
+        leaf = torch.where(mask, log_prob, garbage).requires_grad_()
+        loss, weight = objective_of(name)(stats_of(leaf, mask.float(), **fields))
+        upstream = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream.double())
+        assert (loss[~mask] == 0).all() and (weight[~mask] == 0).all()
+        torch.testing.assert_close(gradient, -weight * upstream, rtol=1e-12, atol=0)
+        results.append((loss.detach(), weight, gradient))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_no_supervised_token_is_a_zero_loss_in_the_graph(name):
+    for shape in ((2, 3), (0,), (0, 3)):
+        leaf = torch.full(shape, torch.nan, requires_grad=True)
+        loss, _ = objective_of(name)(stats_of(leaf, torch.zeros(shape)))
+        loss.sum().backward()
+        assert loss.sum() == 0 and leaf.grad is not None and not leaf.grad.any()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PARAMETERS)),
+    values=st.lists(
+        st.one_of(
+            st.floats(-1e4, 0.0, width=32),
+            st.sampled_from([-float("inf"), 0.0, 1e-6, -1e-30, -103.9, -88.0]),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    reference=st.floats(-1e4, 0.0, width=32),
+    data=st.data(),
+)
+def test_weights_and_gradients_are_finite_for_any_log_probability(name, values, reference, data):
+    log_prob = torch.tensor(values, dtype=torch.float32, requires_grad=True)
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    )
+    stats = stats_of(log_prob, mask, reference_log_prob=torch.full_like(log_prob, reference))
+    loss, weight = objective_of(name)(stats)
+    loss.sum().backward()
+    assert weight.isfinite().all() and (weight >= 0).all(), (name, weight)
+    assert log_prob.grad is not None and log_prob.grad.isfinite().all()
+    # Only a certain miss (p = 0) with a weight that is not 0 may read inf; nothing may read NaN.
+    assert not loss.isnan().any()
+    assert (loss.isfinite() | (log_prob == -torch.inf) | ~mask).all()
+
+
+def test_p_alpha_runs_from_cross_entropy_to_the_gradient_of_dft():
+    log_prob = torch.tensor([-0.01, -2.0, -9.0], dtype=torch.float64)
+    stats = TokenStats(log_prob, torch.ones(3))
+    near_zero, _ = registry.get("p-alpha", alpha=1e-9)(stats)
+    torch.testing.assert_close(near_zero, -log_prob, rtol=1e-7, atol=0)
+    assert torch.equal(registry.get("p-alpha", alpha=0.0)(stats).loss, -log_prob)
+    assert torch.equal(
+        registry.get("p-alpha", alpha=1.0)(stats).weight, registry.get("dft")(stats).weight
+    )
+
+
+CONVERSATION_OBJECTIVES = ["dft-sequence", "dft-geometric", "iw-sft/sequence", "talr"]
+
+
+def _packed_row():
+    """Three conversations in one packed row of 16 and their statistics."""
+    g = torch.Generator().manual_seed(5)
+    return {
+        "log_prob": -2 * torch.rand(1, 16, generator=g),
+        "mask": torch.rand(1, 16, generator=g) < 0.7,
+        "reference": -2 * torch.rand(1, 16, generator=g),
+        "segments": torch.tensor([[0] * 3 + [1] * 8 + [2] * 5]),
+    }
+
+
+def _context_parallel(name, number):
+    """This rank's columns as Megatron cuts them: one piece from the front, one from the back."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    row = _packed_row()
+    pieces = {k: v.chunk(2 * size, dim=1) for k, v in row.items()}
+    mine = {k: torch.cat([p[rank], p[2 * size - 1 - rank]], dim=1) for k, p in pieces.items()}
+    return objective_of(name)(
+        stats_of(
+            mine["log_prob"],
+            mine["mask"],
+            reference_log_prob=mine["reference"],
+            segment_ids=mine["segments"],
+            num_segments=number,
+            context_parallel_group=dist.group.WORLD,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CONVERSATION_OBJECTIVES)
+@pytest.mark.parametrize("number", [None, 3])
+def test_a_conversation_split_over_context_parallel_ranks_weighs_the_same(name, number):
+    row = _packed_row()
+    whole = objective_of(name)(
+        stats_of(
+            row["log_prob"],
+            row["mask"],
+            reference_log_prob=row["reference"],
+            segment_ids=row["segments"],
+        )
+    )
+    ranks = run_ranks(_context_parallel, 2, name, number)
+    for i in range(2):
+        (a, d), (b, c) = (rank[i].chunk(2, dim=1) for rank in ranks)
+        torch.testing.assert_close(torch.cat([a, b, c, d], dim=1), whole[i], rtol=1e-6, atol=0)
+
+
+def test_without_segment_ids_each_row_is_a_conversation():
+    log_prob = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.4]]))
+    _, weight = registry.get("dft-sequence")(TokenStats(log_prob, torch.ones(2, 2)))
+    torch.testing.assert_close(weight, torch.tensor([[0.25, 0.25], [0.04, 0.04]]))
+
+
+def _batch_median(values, mask, batch):
+    rank = dist.get_rank()
+    group = {"batch_group": dist.group.WORLD} if batch else {}
+    return registry.get("talr", floor=0.0)(TokenStats(values[rank], mask[rank], **group)).weight
+
+
+def test_talr_takes_the_lower_median_of_the_supervised_tokens_of_its_group():
+    values = -torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for batch, medians in ((False, (1.0, 5.0)), (True, (4.0, 4.0))):
+        ranks = run_ranks(_batch_median, 2, values, mask, batch)
+        for rank, median in enumerate(medians):
+            expected = torch.where(mask[rank].bool(), (values[rank] / median).exp(), 0.0)
+            torch.testing.assert_close(ranks[rank], expected)
+
+
+def test_a_statistic_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="--loss eaft: needs entropy_top20"):
+        registry.get("eaft")(TokenStats(torch.zeros(2), torch.ones(2)))
+
+
+def _parse(*argv: str) -> registry.Objective:
+    parser = argparse.ArgumentParser()
+    registry.add_arguments(parser.add_argument_group("objective"))
+    return registry.resolve(parser.parse_args(argv))
+
+
+def test_flags_reach_the_objective():
+    assert _parse().name == "dft"
+    assert _parse("--loss", "dft-mix", "--dft-mix-alpha", "0.25").values == {"alpha": 0.25}
+    assert _parse("--loss", "iw-sft").values["high"] == 1.8
+    sequence = _parse("--loss", "iw-sft", "--dft-iw-level", "sequence")
+    assert sequence.values == {"level": "sequence", "low": 0.0, "high": 16.0, "temperature": 2.0}
+    assert sequence.per_conversation and not sequence.per_token
+    assert not _parse("--loss", "talr").per_token and _parse("--loss", "psft").per_token
+
+
+@pytest.mark.parametrize("name", registry.OBJECTIVES)
+def test_help_names_every_flag_with_its_source(name):
+    parser = argparse.ArgumentParser()
+    registry.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for parameter in registry.OBJECTIVES[name].parameters:
+        assert parameter.flag in text and registry.OBJECTIVES[name].source in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--loss", "dft", "--dft-floor", "0.2"], "--dft-floor: belongs to --loss dft-floor"),
+        (["--loss", "dft-mix", "--dft-mix-alpha", "2"], "--dft-mix-alpha: expected .* got 2"),
+        (["--loss", "talr", "--dft-talr-tau", "nan"], "--dft-talr-tau: expected"),
+        (["--loss", "iw-sft", "--dft-iw-temperature", "1"], "--dft-iw-temperature: acts at"),
+        (["--loss", "iw-sft", "--dft-iw-min", "3"], "--dft-iw-min: expected at most"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_it(argv, message):
+    with pytest.raises(ValueError, match=message) as error:
+        _parse(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="--loss: expected one of sft, dft"):
+        registry.get("grpo")
+    with pytest.raises(ValueError, match="--loss dft: has the parameters none, got 'alpha'"):
+        registry.get("dft", alpha=1.0)
+
+
+def test_objectives_of_the_probability_alone_need_nothing_else():
+    for name in P_ONLY:
+        assert not objective_of(name).needs
