@@ -2,11 +2,11 @@
 
     python tools/bench_data.py --tokenizer DIR [--conversations 200000] [--work DIR]
 
-Writes a JSONL file of conversations with log-normal lengths (median 300 tokens, sigma 1.0), then, each
-in a process of its own: the tokenizer's batch encoding of the same texts, already rendered; the whole
-preparation (read, check, render, tokenise, mask, write, pack); a second start out of the cache. The
-first two are repeated in turn, and the best of each counts, because other work on the machine only
-ever slows them down. Packing efficiency is printed beside that of Megatron's own SFTDataset.
+Writes a JSONL file of conversations with log-normal lengths (median 300 tokens, sigma 1.0), then,
+each in a process of its own: the tokenizer's batch encoding of the same texts, already rendered;
+the whole preparation (read, check, render, tokenise, mask, write, pack); a second start out of the
+cache. The first two are repeated in turn, and the best of each counts, because other work on the
+machine only ever slows them down. Packing efficiency is printed beside Megatron's SFTDataset's.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A conversation to token ids and an exact assistant-only mask.
+"""A conversation to text and the exact characters of it that train.
 
 Two ways to find the characters that train:
 
@@ -8,45 +8,20 @@ Two ways to find the characters that train:
   template's end-of-turn token. Both must be prefixes of the whole text. Where they are not, the
   template rewrites earlier turns when later ones arrive (Qwen3 drops their reasoning), and each
   turn is rendered as a sample of its own: the one text that the model will meet at inference.
-
-The mask is then read off the tokenizer's offsets: one tokenisation a conversation, and no guess
-about where tokens merge.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from megatron_dft.data.schema import Conversation, RowError
+from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.template import ChatTemplate, Span, TemplateError
-
-# Bit 31 of a stored token says that it is supervised; ids stay far below it.
-SUPERVISED = np.uint32(1 << 31)
-ID_MASK = np.uint32((1 << 31) - 1)
-
-REWRITES = ("per-turn", "refuse")
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """All that turns a conversation into ids: picklable, hashable, without transformers.
-
-    tokenizer_json is the `tokenizers` library's own serialisation; templates maps "default" (and
-    "tool_use") to Jinja source; variables are what the template may read besides the messages;
-    date is ISO (YYYY-MM-DD) or None; rewrites is one of REWRITES.
-    """
-
-    tokenizer_json: str
-    templates: Mapping[str, str]
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    date: str | None = None
-    rewrites: str = "per-turn"
 
 
 @dataclass
@@ -57,28 +32,14 @@ class Rendered:
     spans: list[Span]
 
 
-class ChatEncoder:
-    """Renders conversations and tokenises them, with the supervised tokens flagged.
+class TurnRenderer:
+    """Renders conversations and finds the characters that train.
 
     Raises ValueError from the constructor where the template cannot give a right mask at all.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
-        import datetime
-
-        from tokenizers import Tokenizer
-
-        layout = json.loads(spec.tokenizer_json)
-        # Special tokens come from the template, so the post-processor has nothing to add; but a
-        # byte-level one trims whitespace off the offsets, which would hide where a token starts.
-        layout["post_processor"] = None
-        self._tokenizer = Tokenizer.from_str(json.dumps(layout))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._byte_level = '"ByteLevel"' in json.dumps(
-            [layout.get("pre_tokenizer"), layout.get("decoder")]
-        )
-        self._special = _longest_first(t["content"] for t in layout["added_tokens"] if t["special"])
+        self._special = _longest_first(special_tokens(spec))
         self.rewrites = spec.rewrites
         self.eos_token = spec.variables.get("eos_token")
         self.bos_token = spec.variables.get("bos_token") if spec.variables.get("add_bos") else None
@@ -87,8 +48,6 @@ class ChatEncoder:
         self._end_of_turn = self._find_end_of_turn()
         if not self.template.has_marks:
             self._check_generation_prompt()
-
-    # -- characters ---------------------------------------------------------------------------
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts to train on: one, or one for each turn where the template rewrites turns.
@@ -221,88 +180,12 @@ class ChatEncoder:
                 "with --chat-template FILE"
             ) from None
 
-    # -- tokens -------------------------------------------------------------------------------
-
-    def encode(self, rendered: Sequence[Rendered]) -> list[np.ndarray]:
-        """uint32 [n] for each text: token ids, SUPERVISED set on those that train.
-
-        Tokens behind the last supervised one are cut: a causal model's loss cannot see them. A
-        text whose spans hold no token at all gives an empty array.
-        """
-        encodings = self._tokenizer.encode_batch(
-            [r.text for r in rendered], add_special_tokens=False
-        )
-        return [self._flag(e, r) for e, r in zip(encodings, rendered, strict=True)]
-
-    def _flag(self, encoding: Any, rendered: Rendered) -> np.ndarray:
-        straddled = [a for a, b in rendered.spans if self._straddles(encoding, a, b)]
-        if straddled and self._byte_level:
-            return self._flag_in_pieces(rendered, straddled)
-        ids = np.array(encoding.ids, dtype=np.uint32)
-        last = 0
-        for start, end in rendered.spans:
-            first = _token_from(encoding, start, end)
-            if first is None:
-                continue
-            if encoding.token_to_chars(first)[0] < start:
-                first += 1  # half of it belongs to the header, which must not train
-            last = _token_behind(encoding, end, len(rendered.text), len(ids))
-            ids[first:last] |= SUPERVISED
-        return ids[:last]
-
-    def _straddles(self, encoding: Any, start: int, end: int) -> bool:
-        """Whether an ordinary token holds characters from both sides of a span's start."""
-        first = _token_from(encoding, start, end)
-        if first is None:
-            return False
-        begin, stop = encoding.token_to_chars(first)
-        return begin < start and not self._special.fullmatch(encoding.tokens[first])
-
-    def _flag_in_pieces(self, rendered: Rendered, cuts: Sequence[int]) -> np.ndarray:
-        """Tokenises the text in pieces, so that none straddles a cut.
-
-        This is what inference does: the prompt is tokenised alone and the answer's tokens follow.
-        Exact for byte-level tokenizers, which add nothing at the start of a text.
-        """
-        borders = [0, *cuts, len(rendered.text)]
-        pieces = []
-        for begin, stop in zip(borders, borders[1:], strict=False):
-            spans = [
-                (max(a, begin) - begin, min(b, stop) - begin)
-                for a, b in rendered.spans
-                if a < stop and b > begin
-            ]
-            text = rendered.text[begin:stop]
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            for start, end in spans:
-                first = _token_from(encoding, start, end)
-                if first is not None:
-                    ids[first : _token_behind(encoding, end, len(text), len(ids))] |= SUPERVISED
-            pieces.append(ids)
-        ids = np.concatenate(pieces)
-        supervised = np.flatnonzero(ids & SUPERVISED)
-        return ids[: supervised[-1] + 1] if len(supervised) else ids[:0]
-
-
-def _token_from(encoding: Any, start: int, end: int) -> int | None:
-    """The first token that covers a character of [start, end)."""
-    for char in range(start, end):
-        token = encoding.char_to_token(char)
-        if token is not None:
-            return int(token)
-    return None
-
-
-def _token_behind(encoding: Any, end: int, length: int, count: int) -> int:
-    """The index behind the last token that covers a character before `end`."""
-    for char in range(end, length):
-        token = encoding.char_to_token(char)
-        if token is not None:
-            return int(token) + (encoding.token_to_chars(token)[0] < end)
-    return count
-
 
 def _longest_first(tokens: Any) -> re.Pattern[str]:
     ordered = sorted(set(tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
+
+
+def special_tokens(spec: EncoderSpec) -> list[str]:
+    """The tokenizer's special tokens; added tokens that are not special (<think>) are no ends."""
+    return [t["content"] for t in json.loads(spec.tokenizer_json)["added_tokens"] if t["special"]]

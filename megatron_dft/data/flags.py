@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_dft.data.chat_mask import REWRITES
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.schema import FORMATS
+from megatron_dft.data.spec import REWRITES
 
 
 def add_arguments(group: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_dft.data.chat_mask import SUPERVISED
+from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import TokenStore
 
 OVERLONG = ("refuse", "drop", "truncate")
@@ -35,7 +35,7 @@ class Conversations:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """uint32 [n]: flagged tokens of one conversation (see chat_mask.SUPERVISED)."""
+        """uint32 [n]: flagged tokens of one conversation (see spec.SUPERVISED)."""
         store, local = self._locate(number)
         flagged = self._stores[store].flagged(int(self._kept[store][local]))
         return flagged[: self._ends[store][local]]

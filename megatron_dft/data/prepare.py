@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.data.cache import digest, locked, store_parts
-from megatron_dft.data.chat_mask import EncoderSpec
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
 from megatron_dft.data.sources import Source
+from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.store import Block, StoreWriter, TokenStore
 from megatron_dft.data.tokenize_rows import BadRow, describe
 from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED
+from megatron_dft.data.spec import ID_MASK, SUPERVISED
 
 # The label of positions that do not train: Megatron's and torch's cross entropies ignore it.
 IGNORE_INDEX = -100

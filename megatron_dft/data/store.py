@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dft.data.cache import partial_path
-from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED
+from megatron_dft.data.spec import ID_MASK, SUPERVISED
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
 VERSION = 1

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dft.data.chat_mask import SUPERVISED, ChatEncoder, Rendered
+from megatron_dft.data.chat_mask import Rendered
+from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.readers import RowBatch, Unreadable
 from megatron_dft.data.schema import RowError, parse_row
+from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import Block
 
 # Texts given to the tokenizer at once: enough to keep its threads busy, small in memory.

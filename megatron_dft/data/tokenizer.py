@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.chat_mask import EncoderSpec
+from megatron_dft.data.spec import EncoderSpec
 
 
 def load_tokenizer(

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from megatron_dft.data.chat_mask import ID_MASK, SUPERVISED, ChatEncoder
+from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.schema import RowError, parse_row
+from megatron_dft.data.spec import ID_MASK, SUPERVISED
 from megatron_dft.data.tokenizer import encoder_spec
 from tests.data.families import FAMILIES
 from tests.data.fixtures import (
@@ -280,7 +281,9 @@ def test_rendering_is_transformers_own(name):
     for messages in (chat("Hi <b>", "Ho & é"), chat("a\n", " b", "c", "d")):
         for given_tools in (None, tools if FAMILIES[name].tools else None):
             for prompt in (False, True):
-                ours = encoder.template.render(messages, given_tools, add_generation_prompt=prompt)
+                ours = encoder.renderer.template.render(
+                    messages, given_tools, add_generation_prompt=prompt
+                )
                 theirs = tokenizer.apply_chat_template(
                     messages, tools=given_tools, tokenize=False, add_generation_prompt=prompt
                 )
