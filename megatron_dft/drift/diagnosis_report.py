@@ -1,0 +1,158 @@
+"""The diagnosis as a page: verdict, histograms, entropy map, token lists."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.colors import LogNorm
+
+from megatron_dft.drift import plots
+from megatron_dft.drift.diagnosis import BINS, LOW, SURE_NATS
+from megatron_dft.drift.page import Picture, Section, Table, render
+from megatron_dft.drift.report import write_file
+
+_FIELDS = (
+    "tokens",
+    "mean_prob",
+    "cross_entropy",
+    "mean_entropy",
+    "low",
+    "low_sure",
+    "low_unsure",
+    "low_sft_gradient",
+    "low_dft_gradient",
+)
+_EDGES = [i / BINS for i in range(BINS)]
+
+
+def _overall(result: dict[str, Any]) -> bytes:
+    picture, (left, right) = plots.figure(2)
+    overall = result["overall"]
+    shares = [c / overall["tokens"] for c in overall["histogram"]]
+    left.bar(_EDGES, shares, 1 / BINS, align="edge", color=plots.colour(0), edgecolor="white")
+    left.axvline(overall["mean_prob"], color=plots.colour(1), label="mean")
+    left.set(title="The base's probability of each target", xlabel="p", ylabel="share of tokens")
+    left.legend(frameon=False)
+    values = [overall["low"], overall["low_sft_gradient"] or 0, overall["low_dft_gradient"] or 0]
+    names = ("of the tokens", "of SFT's gradient", "of DFT's gradient")
+    right.bar(names, values, 0.6, color=[plots.colour(i) for i in (5, 0, 1)])
+    for i, value in enumerate(values):
+        right.text(i, value, f"{value:.1%}", ha="center", va="bottom")
+    right.set(title=f"Share that tokens with p < {LOW} have", ylim=(0, 1.08))
+    return plots.png(picture)
+
+
+def _groups(result: dict[str, Any]) -> bytes:
+    picture, axes = plots.figure(2, 3.8)
+    panels = (("places", "token's place in the answer"), ("classes", "token class"))
+    for ax, (key, name) in zip(axes, panels, strict=True):
+        rows = list(result[key].values())
+        data = [[c / r["tokens"] for c in r["histogram"]] for r in rows]
+        image = ax.imshow(
+            list(zip(*data, strict=True)),
+            origin="lower",
+            aspect="auto",
+            extent=(-0.5, len(rows) - 0.5, 0, 1),
+            cmap="Blues",
+        )
+        means = [r["mean_prob"] for r in rows]
+        ax.plot(range(len(rows)), means, "o", color=plots.colour(1), label="mean")
+        ax.set_xticks(range(len(rows)), list(result[key]))
+        ax.grid(False)
+        ax.set(title=f"Probability by {name}", ylabel="p")
+        picture.colorbar(image, ax=ax, label="share of the group")
+    axes[0].legend(frameon=False, loc="upper right")
+    return plots.png(picture)
+
+
+def _map(result: dict[str, Any]) -> bytes:
+    picture, (ax,) = plots.figure(1, 4.0)
+    edges, counts = result["map"]["entropy_edges"], result["map"]["counts"]
+    # Empty cells stay white: a zero has no logarithm.
+    data = [[c or float("nan") for c in row] for row in counts]
+    image = ax.imshow(
+        data,
+        origin="lower",
+        aspect="auto",
+        extent=(edges[0], edges[-1], 0, 1),
+        cmap="viridis",
+        norm=LogNorm(1, max(max(max(r) for r in counts), 2)),
+    )
+    ax.plot([0, edges[-1]], [LOW, LOW], "--", color="#1c2430", lw=1)
+    ax.plot([SURE_NATS, SURE_NATS], [0, LOW], "--", color="#1c2430", lw=1)
+    style: dict[str, Any] = dict(fontsize=9, va="bottom", color="#1c2430")
+    ax.text(0.02 * edges[-1], LOW + 0.01, "↓ sure of something else", **style)
+    ax.text(max(SURE_NATS, 0.3 * edges[-1]), LOW + 0.01, "↓ missing knowledge", **style)
+    ax.set(xlabel="entropy of the base's prediction (nats)", ylabel="p of the target")
+    ax.grid(False)
+    picture.colorbar(image, ax=ax, label="tokens")
+    return plots.png(picture)
+
+
+def _list(rows: list[dict[str, Any]], caption: str) -> Table:
+    columns = ("token", "count", "mean p", "entropy", "the base would say", "its p")
+    keys = ("count", "mean_prob", "mean_entropy")
+    body = [
+        [repr(r["text"]), *(r[k] for k in keys), repr(r["instead"]), r["instead_prob"]]
+        for r in rows
+    ]
+    return Table(columns, body, caption if rows else f"{caption} None.")
+
+
+def sections(result: dict[str, Any]) -> list[Section]:
+    advice = result["recommendation"]
+    tables = [
+        Table((name, *_FIELDS), [[k, *(row[f] for f in _FIELDS)] for k, row in rows.items()])
+        for name, rows in (
+            ("all", {"all": result["overall"]}),
+            ("place in the answer", result["places"]),
+            ("token class", result["classes"]),
+        )
+    ]
+    return [
+        Section(
+            "Recommendation",
+            result.get("notes", ()),
+            verdict=(f"--loss {advice['loss']}", advice["reason"]),
+        ),
+        Section(
+            "What the base expects",
+            [
+                f"low: share of tokens with p < {LOW}; low_sure those of them where the base's "
+                f"entropy is below {SURE_NATS} nat, low_unsure the others; low_sft_gradient and "
+                "low_dft_gradient: what the low ones hold of the sum of ‖∂loss/∂logits‖."
+            ],
+            [
+                Picture("probability.png", _overall(result)),
+                Picture("groups.png", _groups(result), "Columns add up to 1; dots are means."),
+            ],
+            tables,
+        ),
+        Section(
+            "Outliers or missing knowledge",
+            [
+                "A low probability with low entropy: the base is sure of something else (a wrong "
+                "label, a style it contradicts). With high entropy: it does not know. DFT mutes "
+                "both, which helps for the first and hurts for the second."
+            ],
+            [Picture("entropy.png", _map(result))],
+            [
+                _list(result["confidently_wrong"], "Confidently wrong: low p, low entropy."),
+                _list(result["missing_knowledge"], "Missing knowledge: low p, high entropy."),
+                _list(result["rare_but_right"], "Rare but right: rare here, p above 0.5."),
+            ],
+        ),
+    ]
+
+
+def write(directory: Path, result: dict[str, Any]) -> None:
+    """diagnosis.json, diagnosis.html and its pictures."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / "diagnosis.json", json.dumps(result, indent=1, allow_nan=False))
+    parts = sections(result)
+    for part in parts:
+        for picture in part.pictures:
+            write_file(directory / picture.name, picture.png)
+    subtitle = f"model {result.get('model', '')} · data {result.get('data', '')}"
+    page = render("Is DFT the right loss for this data?", subtitle, parts)
+    write_file(directory / "diagnosis.html", page)
