@@ -11,7 +11,6 @@
 set -euo pipefail
 # shellcheck source=tools/setup_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../tools/setup_env.sh"
-cd "$root"
 
 model="" work=runs/quickstart
 # SmolLM2-135M has 9 attention heads: three tensor-parallel ranks divide them, two do not.
@@ -25,7 +24,12 @@ while [ $# -gt 0 ]; do
             ;;
         --hf-model | --ranks)
             [ $# -gt 1 ] || die "$1: expected a value"
-            if [ "$1" = --ranks ]; then ranks=$2; else model=$2 work=runs/quickstart-$(basename "$2"); fi
+            if [ "$1" = --ranks ]; then
+                ranks=$2
+            else
+                model=$2 work=runs/quickstart-$(basename "$2")
+                [ ! -d "$model" ] || model=$(cd "$model" && pwd)
+            fi
             shift
             ;;
         *) extra+=("$1") ;;
@@ -33,6 +37,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+cd "$root"
 setup_env quickstart
 started=$SECONDS
 here=examples/quickstart data=$work/data tuned=$work/tuned log=$work/train.log
@@ -69,7 +74,7 @@ if [ -z "$model" ]; then
 fi
 
 say "data: word problems from a seed"
-"$python" "$here/arithmetic.py" --out "$data" --train 640 --held-out 200
+"$python" "$here/arithmetic.py" --out "$data" --train 800 --held-out 150
 
 score before "$model" "$model"
 
@@ -79,7 +84,7 @@ train=(
     --hf-model "$model" --loss dft --train-data "$data/train.jsonl" --data-cache "$work/cache"
     --tensor-model-parallel-size "$ranks" --seq-length "$row_tokens"
     --micro-batch-size 1 --global-batch-size 1 --train-iters "$steps"
-    --lr 2e-4 --min-lr 2e-5 --lr-decay-style cosine --lr-warmup-iters 6
+    --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 6
     --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 1
     --log-interval 1 --eval-iters 0 --save-hf "$tuned" --overwrite
     "${device[@]}" "${extra[@]}"

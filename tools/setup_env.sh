@@ -49,7 +49,7 @@ pip_lines() {
     sed -u -E \
         -e '/^(WARNING: Location .* is ignored|Looking in |Obtaining |Collecting |Requirement already )/d' \
         -e '/^ +(Installing build |Checking if build |Getting requirements |Preparing (editable )?meta)/d' \
-        -e '/^ *(Building (editable|wheel)|Created wheel|Stored in|Attempting un|Found exist|Uninst|Success.* uninst)/d' \
+        -e '/^ *(Building (editable|wheel)|Created wheel|Successfully built|Stored in|Attempting un|Found exist|Uninst|Success.* uninst)/d' \
         -e 's/^(Installing collected packages):.*/\1; the big ones take a minute or two/' \
         -e 's/^(Successfully installed) .*/\1/'
 }

@@ -37,8 +37,9 @@ def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
 @torch.inference_mode()
 def replies(model, tokenizer, prompts: list[list[int]], batch_size: int, most: int) -> list[str]:
     """The greedy reply to each prompt of token ids, at most `most` tokens, ended by EOS."""
-    texts = []
+    texts: list[str] = []
     for batch in batches(prompts, batch_size):
+        print(f"  replies: {len(texts)} of {len(prompts)}", flush=True)
         ids, mask = left_pad(batch, tokenizer.pad_token_id)
         out = model.generate(
             input_ids=ids,
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory of the HF checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="held-out `messages` JSONL")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
-    parser.add_argument("--batch-size", type=int, default=50, help="problems decoded together")
+    parser.add_argument("--batch-size", type=int, default=50, help="problems in one batch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest reply, in tokens")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
