@@ -126,6 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default="auto",
         help="our progress line beside Megatron's log; auto is rich on a terminal, else plain",
     )
+    group.add_argument(
+        "--loss-chunk-size",
+        type=int,
+        metavar="TOKENS",
+        help="compute the loss from the hidden states, never holding more than this many tokens' "
+        "worth of logits; default: Megatron's own output layer and cross entropy",
+    )
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
     _resolve(parser)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.logits_probe import VOCABULARY_STATISTICS
 from megatron_dft.losses.registry import Objective
 
 # Settings under which exp(−CE) is not the probability of the target token, or under which the loss
@@ -84,7 +85,7 @@ def check(
             "--cross-entropy-fusion-impl: expected native (te is not proven to give p under a "
             f"weighted loss), got {args.cross_entropy_fusion_impl}"
         )
-    _check_objective(objective)
+    _check_objective(args, objective)
     _check_sources(args, checkpoint)
     _check_run_length(args)
     _check_batch(args, world_size)
@@ -98,11 +99,28 @@ def check(
         )
 
 
-def _check_objective(objective: Objective) -> None:
-    if objective.needs:
+def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
+    missing = sorted(objective.needs - set(VOCABULARY_STATISTICS))
+    if missing:
         raise ValueError(
-            f"--loss {objective.name}: needs {', '.join(sorted(objective.needs))} of every token, "
-            "which the training loop does not compute; choose an objective that needs p alone"
+            f"--loss {objective.name}: needs {', '.join(missing)} of every token, which the "
+            "training loop does not compute yet; choose an objective without a reference"
+        )
+    if args.loss_chunk_size is None:
+        return
+    if args.loss_chunk_size < 1:
+        raise ValueError(
+            f"--loss-chunk-size: expected at least 1 token, got {args.loss_chunk_size}; "
+            "256 is a good start, leave it out for Megatron's own cross entropy"
+        )
+    if args.overlap_param_gather:
+        raise ValueError(
+            "--loss-chunk-size: reads the output layer's weight without calling the layer, which "
+            "--overlap-param-gather does not see; drop one of the two"
+        )
+    if args.cross_entropy_loss_fusion:
+        raise ValueError(
+            "--cross-entropy-loss-fusion: has no effect under --loss-chunk-size; drop one of them"
         )
 
 

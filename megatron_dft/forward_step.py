@@ -1,5 +1,7 @@
 """Megatron's forward step: a batch in, the objective's loss and the report out.
 
+Route 2 (--loss-chunk-size) is chunked_head.py's.
+
 Route 1 of the loss: the model returns Megatron's vocabulary-parallel cross entropy, whose target
 logit and partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on
 every rank without another collective, and the weight is one elementwise multiply.
@@ -19,12 +21,16 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
+from megatron_dft import logits_probe
 from megatron_dft.arguments import settings
+from megatron_dft.chunked_head import output_processor
 from megatron_dft.context_parallel import token_indices
+from megatron_dft.losses import registry
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.report import loss_report
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
+_PLAIN = registry.get("sft")
 _PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -76,17 +82,31 @@ def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
     )
 
 
-def _segments(batch: dict[str, Any]) -> dict[str, Any]:
-    """Each token's conversation, for the objectives that weigh whole conversations."""
-    if "cu_seqlens" not in batch:
-        return {}
-    boundaries = batch["cu_seqlens"]
-    tokens = batch["tokens"]
-    positions = batch.get("held")
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-    ids = torch.bucketize(positions, boundaries[1:], right=True)
-    return {"segment_ids": ids.view_as(tokens), "num_segments": len(boundaries)}
+def _token_stats(batch: dict[str, Any]) -> dict[str, Any]:
+    """Fields of TokenStats that the micro-batch itself knows: which conversation a token is of."""
+    stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
+    if "cu_seqlens" in batch:
+        boundaries, tokens = batch["cu_seqlens"], batch["tokens"]
+        positions = batch.get("held")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        stats["segment_ids"] = torch.bucketize(positions, boundaries[1:], right=True)[None]
+        stats["num_segments"] = len(boundaries)
+    return stats
+
+
+def _token_loss(
+    batch: dict[str, Any], output_tensor: Tensor, training: bool, found: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation."""
+    if "token_weight" in batch:  # route 2: the output processor has done it
+        return output_tensor, batch["cross_entropy"], batch["token_weight"]
+    cross_entropy = output_tensor.float()
+    # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
+    objective = settings().objective if training else _PLAIN
+    stats = TokenStats(log_prob=-cross_entropy, mask=batch["loss_mask"], **batch["stats"], **found)
+    loss, weight = objective(stats)
+    return loss, cross_entropy, weight
 
 
 def loss_func(
@@ -96,34 +116,28 @@ def loss_func(
 
     Args:
         batch: of `get_batch`; `loss_mask` fp32 [b, s].
-        output_tensor: Megatron's per-token cross entropy, fp32 [b, s].
+        output_tensor: per token, fp32 [b, s]: Megatron's cross entropy, or with --loss-chunk-size
+            the objective's loss.
         model: the (wrapped) model chunk; in evaluation mode the loss is the plain cross entropy.
 
     Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
     forward_step_calc_loss): loss, int32 token count, name → [sum, count].
     """
-    mask = batch["loss_mask"].view_as(output_tensor)
-    cross_entropy = output_tensor.float()
-    stats = TokenStats(
-        log_prob=-cross_entropy,
-        mask=mask,
-        context_parallel_group=mpu.get_context_parallel_group(),
-        **_segments(batch),
-    )
-    objective = settings().objective
-    if model.training:
-        token_loss, weight = objective(stats)
-    else:
-        # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
-        token_loss, weight = torch.where(mask.bool(), cross_entropy, 0.0), None
+    found = logits_probe.take(unwrap_model(model))
+    correct = found.pop("correct", None)
+    mask = batch["loss_mask"]
+    token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, model.training, found)
     loss = token_loss.sum()
-    count = mask.sum().to(torch.int)
     _stop_on_bad_loss(loss)
-    correct = getattr(unwrap_model(model), "dft_correct", None)
     report = loss_report(
-        objective.name if model.training else None, cross_entropy, token_loss, weight, mask, correct
+        settings().objective.name if model.training else None,
+        cross_entropy,
+        token_loss,
+        weight,
+        mask,
+        correct,
     )
-    return loss, count, report
+    return loss, mask.sum().to(torch.int), report
 
 
 def _stop_on_bad_loss(loss: Tensor) -> None:
@@ -147,6 +161,10 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
+    batch["stats"], batch["training"] = _token_stats(batch), model.training
+    route_2 = {}
+    if get_args().loss_chunk_size is not None:
+        route_2 = {"output_processor": output_processor, "output_processor_context": batch}
     output_tensor = model(
         batch["tokens"],
         batch["position_ids"],
@@ -154,5 +172,6 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed_seq_params(batch),
+        **route_2,
     )
     return output_tensor, partial(loss_func, batch, model=model)

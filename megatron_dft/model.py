@@ -8,12 +8,12 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_dft import accuracy, compat
+from megatron_dft import compat, logits_probe
 from megatron_dft.arguments import settings
 from megatron_dft.cpu.layers import layer_spec
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
-from megatron_dft.self_test import check_gradient
+from megatron_dft.self_test import check_gradient, check_head_gradient
 
 
 class ModelHandle:
@@ -55,11 +55,13 @@ def prepare(chunks: list[Any], args: Any) -> None:
             continue
         if chosen.vocab_size is not None:
             mask_padded_vocab(chunk, chosen.vocab_size)
-        accuracy.watch(chunk)
+        logits_probe.install(chunk, chosen.objective)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        error = check_gradient(
-            chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype
-        )
+        test = (chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype)
+        if args.loss_chunk_size is None:
+            error = check_gradient(*test)
+        else:
+            error = check_head_gradient(*test, args.loss_chunk_size)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             print(
                 f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "

@@ -23,7 +23,7 @@ def loss_report(
     objective: str | None,
     cross_entropy: Tensor,
     token_loss: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     mask: Tensor,
     correct: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,6 @@ def loss_report(
     if objective is not None:
         if objective != "sft":
             report[f"{objective} loss"] = entry(token_loss.sum())
-        assert weight is not None
         report["dft/mean-weight"] = entry(weight.sum())
     report["dft/mean-prob"] = entry(p.sum())
     if correct is not None:
