@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_dft.data.overlong import OVERLONG
@@ -115,6 +117,12 @@ def add_arguments(group: Any) -> None:
         "that the checkpoint was trained with")  # fmt: skip
 
 
+def cache_directory(args: argparse.Namespace) -> Path:
+    """--data-cache, $MEGATRON_DFT_DATA_CACHE, or a directory of the user's."""
+    chosen = args.data_cache or os.environ.get("MEGATRON_DFT_DATA_CACHE")
+    return Path(chosen or "~/.cache/megatron_dft/data").expanduser()
+
+
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that train and validation data share, as keywords of dataset.build_dataset."""
     return dict(
@@ -122,7 +130,7 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         overlong=args.overlong,
         errors=args.data_errors,
         max_bad_rows=args.max_bad_rows,
-        cache_dir=args.data_cache,
+        cache_dir=cache_directory(args),
         data_format=args.data_format,
         template_args=args.chat_template_args,
         template_date=args.template_date,

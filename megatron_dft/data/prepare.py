@@ -35,7 +35,7 @@ class PrepareOptions:
     data_format: one of schema.FORMATS, or None to recognise it; errors: one of ERRORS;
     max_bad_rows: with "skip", how many rows may be bad: a share of all below 1, a count from 1 on;
     cache_dir: where tokenised data is kept, None keeps it in memory; workers: tokenising processes,
-    None for one a core.
+    None for one a core; progress: this process tells how far it is and logs the rows left out.
     """
 
     data_format: str | None = None
@@ -154,7 +154,7 @@ def check_bad_rows(store: TokenStore, name: str, options: PrepareOptions) -> Non
         )
     if len(store) == 0:
         raise ValueError(f"{name}: no row can be trained on")
-    if bad:
+    if bad and options.progress:
         log.warning("%s: left out %d of %d rows", name, bad, rows)
         for line in bad_rows(store)[:20]:
             log.warning("left out: %s", line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,11 @@ from megatron_dft.data.store import Block
 
 # Texts given to the tokenizer at once: enough to keep its threads busy, small in memory.
 _ENCODE_BATCH = 256
+
+
+# In a store's counts: how many rows were bad for a reason, its numbers and quotations left out.
+REASON = "bad_rows: "
+_SPECIFIC = re.compile(r"'[^']*'|\d+|\[[^]]*\]|U\+[0-9A-F]+|0x[0-9a-f]+")
 
 
 @dataclass
@@ -66,6 +72,9 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
     bad.sort(key=lambda b: b.number)
     tokens = np.concatenate([np.empty(0, dtype=np.uint32), *kept])
     counts["bad_rows"] = len(bad)
+    for row in bad:
+        kind = REASON + _SPECIFIC.sub("…", row.reason)
+        counts[kind] = counts.get(kind, 0) + 1
     counts["supervised_tokens"] = int(np.count_nonzero(tokens & SUPERVISED))
     block = Block(
         tokens=tokens,
