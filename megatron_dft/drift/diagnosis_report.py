@@ -61,7 +61,7 @@ def _groups(result: dict[str, Any]) -> bytes:
         ax.grid(False)
         ax.set(title=f"Probability by {name}", ylabel="p")
         picture.colorbar(image, ax=ax, label="share of the group")
-    axes[0].legend(frameon=False, loc="upper right")
+    axes[1].legend(loc="upper right", fontsize=8)
     return plots.png(picture)
 
 
@@ -80,9 +80,11 @@ def _map(result: dict[str, Any]) -> bytes:
     )
     ax.plot([0, edges[-1]], [LOW, LOW], "--", color="#1c2430", lw=1)
     ax.plot([SURE_NATS, SURE_NATS], [0, LOW], "--", color="#1c2430", lw=1)
-    style: dict[str, Any] = dict(fontsize=9, va="bottom", color="#1c2430")
-    ax.text(0.02 * edges[-1], LOW + 0.01, "↓ sure of something else", **style)
-    ax.text(max(SURE_NATS, 0.3 * edges[-1]), LOW + 0.01, "↓ missing knowledge", **style)
+    # The upper right is empty in every such plot: a high p rules a high entropy out.
+    text = (
+        "below the line, left of the mark: sure of something else\nright of it: missing knowledge"
+    )
+    ax.text(0.98, 0.95, text, transform=ax.transAxes, ha="right", va="top", fontsize=9)
     ax.set(xlabel="entropy of the base's prediction (nats)", ylabel="p of the target")
     ax.grid(False)
     picture.colorbar(image, ax=ax, label="tokens")

@@ -23,13 +23,13 @@ p { margin: 6px 0 12px; max-width: 78ch; }
 .verdict b { font-size: 18px; }
 nav a { margin-right: 14px; color: var(--key); text-decoration: none; }
 figure { margin: 12px 0; } img { max-width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; max-height: 560px; overflow-y: auto; border: 1px solid var(--line); }
+.scroll { margin: 10px 0; overflow: auto; max-height: 560px; border: 1px solid var(--line); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { position: sticky; top: 0; background: var(--band); text-align: right; cursor: pointer;
   white-space: nowrap; }
 th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
 summary { cursor: pointer; color: var(--key); margin: 8px 0; }
 """
@@ -91,7 +91,12 @@ def number(value: Cell) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
+    kinds = [isinstance(v, str) for v in table.rows[0]] if table.rows else []
+    kinds += [False] * (len(table.columns) - len(kinds))
+    head = "".join(
+        f"<th{' class="text"' if text else ''}>{html.escape(c)}</th>"
+        for c, text in zip(table.columns, kinds, strict=True)
+    )
     rows = []
     for row in table.rows:
         cells = []

@@ -1,0 +1,250 @@
+"""Retention and diagnosis against float64 formulas written from the definitions."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dft import diagnose_command, retention_command, scored_text
+from megatron_dft.drift import diagnosis, scoring
+from megatron_dft.drift.retention import measure
+from tests.drift.commands import fails, run
+from tests.hf.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [make_tiny("llama", root / f"m{i}", seed=i, num_hidden_layers=2) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    g = np.random.default_rng(0)
+    rows = []
+    for length in (5, 40, 23, 2):
+        mask = g.random(length) < 0.6
+        mask[0], mask[-1] = False, True
+        rows.append((g.integers(0, 259, length), mask))
+    return rows
+
+
+def distributions(model, rows):
+    """Targets [K] and float64 probabilities [K, V], one text at a time, no padding."""
+    targets, probs = [], []
+    for ids, mask in rows:
+        logits = model(torch.from_numpy(ids)[None]).logits[0].double()
+        at = np.flatnonzero(mask)
+        targets.append(ids[at])
+        probs.append(torch.softmax(logits[at - 1], -1).detach().numpy())
+    return np.concatenate(targets), np.concatenate(probs)
+
+
+def test_retention_equals_the_definitions(models, texts):
+    base, tuned = (scoring.load_model(m) for m in models)
+    target, p = distributions(base, texts)
+    _, q = distributions(tuned, texts)
+    got = measure(base, tuned, texts)
+    rows = range(len(target))
+    assert got["tokens"] == len(target)
+    assert got["base_perplexity"] == pytest.approx(math.exp(-np.log(p[rows, target]).mean()), 1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(-np.log(q[rows, target]).mean()), 1e-5)
+    assert got["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    assert got["top1_agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
+    assert got["top1_agreement"] < 1 and got["kl"] > 0.01
+    same = measure(base, base, texts)
+    assert same["kl"] == 0 and same["top1_agreement"] == 1
+    with pytest.raises(ValueError, match="no token to score"):
+        measure(base, tuned, [])
+
+
+def test_scores_equal_the_definitions(models, texts):
+    model = scoring.load_model(models[0])
+    target, p = distributions(model, texts)
+    found = list(scoring.score(model, texts))
+    # Batches come longest first; put the reference in that order.
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+    ends = np.cumsum([t[1].sum() for t in texts])
+    index = np.concatenate([np.arange(ends[i] - texts[i][1].sum(), ends[i]) for i in order])
+    target, p = target[index], p[index]
+
+    def column(name):
+        return np.concatenate([getattr(s, name) for s in found])
+
+    assert (column("target") == target).all()
+    assert np.allclose(column("prob"), p[range(len(target)), target], rtol=1e-4)
+    assert np.allclose(column("entropy"), -(p * np.log(p)).sum(1), rtol=1e-5)
+    assert np.allclose(column("sum_sq"), (p**2).sum(1), rtol=1e-4)
+    assert (column("top") == p.argmax(1)).all()
+    assert np.allclose(column("top_prob"), p.max(1), rtol=1e-4)
+
+
+def test_places_count_within_each_answer():
+    mask = np.array([0, 0, 1, 1, 1, 0, 1, 0, 1, 1], dtype=bool)
+    assert scoring.answer_places(mask)[mask].tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_windows_score_every_target_once():
+    ids, mask = np.arange(20), np.ones(20, dtype=bool)
+    mask[:3] = False
+    parts = list(scoring.windows([(ids, mask)], 6))
+    assert [p[0].tolist() for p in parts][1] == [5, 6, 7, 8, 9, 10]
+    scored = np.concatenate([p[0][p[1]] for p in parts])
+    assert scored.tolist() == list(range(3, 20))
+    assert list(scoring.windows([(ids, np.zeros(20, dtype=bool))], 6)) == []
+
+
+def scores_of(p_rows, targets):
+    p = np.array(p_rows, dtype=np.float64)
+    t = np.array(targets)
+    return diagnosis.TokenScores(
+        t,
+        np.arange(len(t)),
+        p[range(len(t)), t],
+        -(p * np.log(np.maximum(p, 1e-300))).sum(1),
+        (p**2).sum(1),
+        p.argmax(1),
+        p.max(1),
+    )
+
+
+WORDS = ["7", " the", "ing", ".", "\n", "<end>"]
+
+
+def test_diagnosis_of_a_hand_made_table():
+    even = [1 / 6] * 6
+    flat = [0.05, 0.19, 0.19, 0.19, 0.19, 0.19]
+    sure = [0.001, 0.995, 0.001, 0.001, 0.001, 0.001]
+    p = [even, flat, sure, sure, even]
+    targets = [1, 0, 0, 1, 5]
+    got = diagnosis.diagnose([scores_of(p, targets)], WORDS.__getitem__, frozenset({5}))
+    chosen = np.array([p[i][t] for i, t in enumerate(targets)])
+    onehot = np.eye(6)[targets]
+    sft = np.sqrt(((np.array(p) - onehot) ** 2).sum(1))  # ‖softmax − onehot‖, from its definition
+    low = chosen < 0.1
+    overall = got["overall"]
+    assert overall["tokens"] == 5
+    assert overall["mean_prob"] == pytest.approx(chosen.mean())
+    assert overall["cross_entropy"] == pytest.approx(-np.log(chosen).mean())
+    assert overall["low"] == pytest.approx(0.4)
+    assert (overall["low_sure"], overall["low_unsure"]) == pytest.approx((0.2, 0.2))
+    assert overall["low_sft_gradient"] == pytest.approx(sft[low].sum() / sft.sum())
+    dft = chosen * sft
+    assert overall["low_dft_gradient"] == pytest.approx(dft[low].sum() / dft.sum())
+    assert sum(overall["histogram"]) == 5 and overall["histogram"][3] == 2
+    assert {k: v["tokens"] for k, v in got["classes"].items()} == {
+        "number": 2,
+        "word": 2,
+        "special": 1,
+    }
+    assert {k: v["tokens"] for k, v in got["places"].items()} == {"1": 1, "2–4": 3, "5–16": 1}
+    wrong = got["confidently_wrong"]
+    assert [(w["text"], w["count"], w["instead"]) for w in wrong] == [("7", 1, " the")]
+    assert [w["text"] for w in got["missing_knowledge"]] == ["7"]
+    assert np.sum(got["map"]["counts"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "special", "want"),
+    [
+        ("<s>", True, "special"),
+        ("\n\n", False, "space"),
+        (" 12", False, "number"),
+        (" the", False, "word"),
+        ("ing", False, "word part"),
+        (" +=", False, "symbol"),
+        ("é", False, "word part"),
+    ],
+)
+def test_token_classes(text, special, want):
+    assert diagnosis.token_class(text, special) == want
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "sure", "loss"),
+    [
+        (0.8, 0.1, 0.0, "dft"),
+        (0.51, 0.3, 0.3, "dft"),
+        (0.05, 0.9, 0.0, "sft"),
+        (0.3, 0.5, 0.2, "asft"),
+        (0.3, 0.5, 0.1, "dft-mix"),
+        (0.3, 0.0, 0.0, "dft-mix"),
+    ],
+)
+def test_recommendation_follows_the_thresholds(mean, low, sure, loss):
+    overall = {"mean_prob": mean, "low": low, "low_sure": sure, "low_sft_gradient": 0.5}
+    got = diagnosis.recommend(overall)
+    assert got["loss"] == loss and f"{mean:.3f}" in got["reason"]
+
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": f"say {i}"},
+            {"role": "assistant", "content": f"<script>alert({i})</script> \\u2028 & 'x'"},
+        ]
+    }
+    for i in range(6)
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    chat, text = tmp_path / "chat.jsonl", tmp_path / "text.jsonl"
+    chat.write_text("".join(json.dumps(r) + "\n" for r in CHAT))
+    text.write_text("".join(json.dumps({"text": f"Some held out text, {i}."}) + "\n" for i in "ab"))
+    return chat, text
+
+
+def test_diagnose_command(models, files, tmp_path, capsys):
+    run(diagnose_command, models[0], files[0], "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert f"--loss {result['recommendation']['loss']}" in said
+    # Every answer's tokens, its end-of-turn token too, and nothing of the questions.
+    answers = [len(r["messages"][1]["content"].encode()) + 1 for r in CHAT]
+    assert result["overall"]["tokens"] == sum(answers)
+    page = (tmp_path / "out" / "diagnosis.html").read_text()
+    assert page.count("<script>") == 1 and "alert(" not in page
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {
+        "probability.png",
+        "groups.png",
+        "entropy.png",
+    }
+
+
+def test_retention_command(models, files, tmp_path, capsys):
+    chat, text = files
+    out = tmp_path / "out"
+    run(retention_command, *models, "--text", text, "--task", chat, "--out", out)
+    result = json.loads((out / "retention.json").read_text())
+    values = result["methods"]["m1"]
+    base, tuned = (scoring.load_model(m) for m in models)
+    rows = scored_text.plain_text(text, scored_text.tokenizer_of(models[0], chat=False))
+    assert values["general"] == pytest.approx(measure(base, tuned, rows), rel=1e-5)
+    assert values["task"]["tokens"] == sum(len(r["messages"][1]["content"]) + 1 for r in CHAT)
+    assert "Retention" in (out / "report.html").read_text()
+
+
+def test_bad_input_of_the_commands(models, files, tmp_path):
+    chat, text = files
+    fails(retention_command, "expected at least one held-out file", *models)
+    fails(retention_command, '"text"', *models, "--text", chat)
+    fails(retention_command, "does not exist", *models, "--text", tmp_path / "none")
+    fails(retention_command, "--window: expected 2", *models, "--text", text, "--window", 1)
+    fails(retention_command, "--labels: expected 1", *models, "--text", text, "--labels", "a", "b")
+    fails(diagnose_command, "--max-tokens: expected 1", models[0], chat, "--max-tokens", 0)
+    fails(diagnose_command, "DATA", models[0], tmp_path / "none.jsonl")
+    fails(diagnose_command, "cannot be loaded", tmp_path, chat)
+    broken = make_tiny("llama", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"xx")
+    fails(diagnose_command, "cannot be loaded as a causal language model", broken, chat)
+
+
+def test_a_foreign_tokenizer_is_an_error(models):
+    model = scoring.load_model(models[0])
+    text = (np.array([1, 300]), np.array([False, True]))
+    with pytest.raises(ValueError, match="token id 300, but the model embeds 259"):
+        list(scoring.score(model, [text]))
