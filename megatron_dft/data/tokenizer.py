@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.data.sentencepiece_model import load_sentencepiece
 from megatron_dft.data.spec import EncoderSpec
 
 
@@ -31,7 +32,7 @@ def load_tokenizer(
 
     path = Path(path_or_name)
     if path.suffix == ".model":
-        tokenizer = _load_sentencepiece(path)
+        tokenizer = load_sentencepiece(path)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -96,10 +97,6 @@ def pad_token_id(tokenizer: Any) -> int:
         if value is not None:
             return int(value)
     return 0
-
-
-def _load_sentencepiece(path: Path) -> Any:
-    raise ValueError(f"sentencepiece model {str(path)!r} is not readable yet")
 
 
 def _read_template(path: Path) -> str:
