@@ -48,13 +48,12 @@ def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
     """
     if out_dir.exists():
         if not out_dir.is_dir():
-            raise ValueError(f"--save-hf {out_dir}: is a file; name a directory")
+            raise ValueError(f"{out_dir}: is a file; name a directory")
         if out_dir.resolve() == checkpoint.path.resolve():
-            raise ValueError(f"--save-hf {out_dir}: is the base model; name another directory")
+            raise ValueError(f"{out_dir}: is the base model; name another directory")
         if any(out_dir.iterdir()) and not overwrite:
             raise ValueError(
-                f"--save-hf {out_dir}: exists and is not empty; name another directory or pass "
-                "--overwrite"
+                f"{out_dir}: exists and is not empty; name another directory or pass --overwrite"
             )
     staging = staging_path(out_dir)
     if staging.exists():
@@ -96,8 +95,14 @@ def finish(
     if card is not None:
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)
-    for path in [*(p for p in staging.rglob("*") if p.suffix != ".safetensors"), staging]:
-        _flush(path)
+    publish(staging, out_dir)
+
+
+def publish(staging: Path, out_dir: Path) -> None:
+    """Flush all but the weight files (flushed as they were closed) and rename into place."""
+    for path in [*staging.rglob("*"), staging]:
+        if path.suffix not in (".safetensors", ".distcp"):
+            _flush(path)
     _replace(staging, out_dir)
 
 

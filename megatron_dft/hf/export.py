@@ -52,11 +52,11 @@ def save_hf(
 
     def make_plan() -> None:
         owned.extend(s for s in shards(models, checkpoint) if s.is_owner and not s.rule.is_copy)
-        plan.extend(_plan(owned, checkpoint, dtype, max_file_bytes))
+        plan.extend(plan_files(owned, checkpoint, dtype, max_file_bytes))
 
     raise_together(_attempt(make_plan))
     counts = [len(p) for p in gather([None] * len(plan))]
-    files = _file_names(sum(counts))
+    files = file_names(sum(counts))
     first = sum(counts[: dist.get_rank()])
     raise_together(_write(owned, plan, [staging / f for f in files[first : first + len(plan)]]))
     raise_together(
@@ -90,13 +90,13 @@ def _check_visible(staging: Path) -> None:
         )
 
 
-def _file_names(count: int) -> list[str]:
+def file_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _plan(
+def plan_files(
     owned: list[Shard],
     checkpoint: HFCheckpoint,
     dtype: torch.dtype | None,

@@ -170,3 +170,10 @@ def _shard(
     size = tensor.shape[rule.axis or 0] * count
     runs = segments(rule, names, size, count, dims)
     return Shard(name, tensor, rule, runs, ranks.group, ranks.is_owner)
+
+
+def row_pieces(shard: Shard, begin: int, end: int) -> list[Piece]:
+    """Pieces of the rows `begin:end` of an unsharded parameter, counted from `begin`."""
+    if shard.rule.axis == 1:  # unsharded, all columns are there: rows are runs too
+        return [Piece(shard.runs[0].name, begin, 0, end - begin)]
+    return window(shard.runs, begin, end)

@@ -122,6 +122,15 @@ class Reader:
             self._fds[file] = os.open(file, os.O_RDONLY)
         return self._fds[file]
 
+    def read_into(self, info: TensorInfo, start: int, rows: torch.Tensor) -> None:
+        """Rows from `start` on into `rows` (CPU, contiguous), converted to its dtype."""
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        if rows.dtype == info.dtype:
+            _pread(self._fd(info.file), rows, info.offset + start * row_bytes, info.file)
+            return
+        for first, block in self.blocks(info, start, start + rows.shape[0]):
+            rows.narrow(0, first - start, block.shape[0]).copy_(block)
+
     def blocks(self, info: TensorInfo, start: int, stop: int) -> Iterable[tuple[int, torch.Tensor]]:
         """Rows `start:stop` (along axis 0) in blocks of at most 32 MiB: (first row, rows)."""
         row_shape = info.shape[1:]
@@ -155,26 +164,47 @@ class Writer:
         text += b" " * (-len(text) % 8)  # the data starts 8-byte aligned, as the format asks
         self.file = file
         self._base = 8 + len(text)
-        self._missing = set(self._offsets)
+        self._contents = tensors
+        self._left = {name: nbytes for name, (_, nbytes) in self._offsets.items()}
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(self._fd, len(text).to_bytes(8, "little") + text)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._contents[name][1]
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the tensor (CPU, contiguous, of the announced dtype and size) at its place."""
-        offset, nbytes = self._offsets[name]
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        if len(view) != nbytes:
-            raise ValueError(f"{name}: {len(view)} bytes to write where {nbytes} were announced")
-        self._missing.remove(name)
-        offset += self._base
+        """Write the whole tensor (CPU, contiguous, of the announced dtype and size)."""
+        nbytes = self._offsets[name][1]
+        if tensor.nbytes != nbytes:
+            raise ValueError(f"{name}: {tensor.nbytes} bytes to write where {nbytes} are announced")
+        self._put(name, 0, tensor.reshape(-1))
+
+    def write_region(self, name: str, row: int, column: int, region: torch.Tensor) -> None:
+        """Write part of a tensor: `region` (CPU, announced dtype) from `row` and `column` on.
+
+        Regions must not overlap: what is written is counted, and `close` wants every element.
+        """
+        shape, dtype = self._contents[name]
+        width = self._offsets[name][1] // max(shape[0], 1)  # bytes a row
+        if region.dim() < 2 or region.shape[1:] == tuple(shape[1:]):
+            self._put(name, row * width, region.contiguous().reshape(-1))
+            return
+        for i, part in enumerate(region.contiguous()):
+            self._put(name, (row + i) * width + column * dtype.itemsize, part)
+
+    def _put(self, name: str, begin: int, flat: torch.Tensor) -> None:
+        view = memoryview(flat.view(torch.uint8).numpy())
+        self._left[name] -= len(view)
+        offset = self._base + self._offsets[name][0] + begin
         while view:
             count = os.pwrite(self._fd, view, offset)
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
-        """Flush to the disk; raises ValueError when an announced tensor was never written."""
-        if self._missing:
-            raise ValueError(f"{self.file.name}: never written: {sorted(self._missing)[:3]}")
+        """Flush to the disk; raises ValueError when an announced tensor is not whole."""
+        missing = [name for name, left in self._left.items() if left != 0]
+        if missing:
+            raise ValueError(f"{self.file.name}: not written, or not once: {missing[:3]}")
         os.fsync(self._fd)
         os.close(self._fd)
 

@@ -1,0 +1,135 @@
+"""torch_dist, saved at any layout -> Hugging Face directory, one stored box at a time.
+
+No GPU, no launcher and no model in memory: a stored box (as large as the shards of the run that
+saved it) is read, cut along the tensors it belongs to, and written to their places.
+"""
+
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_dft.hf import directory, skeleton
+from megatron_dft.hf.consumption import check_shapes
+from megatron_dft.hf.convert_import import Progress
+from megatron_dft.hf.export import MAX_FILE_BYTES, file_names, plan_files
+from megatron_dft.hf.parameters import row_pieces, shards
+from megatron_dft.hf.safetensors_io import Writer
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.hf.torch_dist import TRACKER, Chunk, TorchDistReader
+
+
+def find_iteration(checkpoint_dir: str | Path) -> Path:
+    """The directory of tensors in a Megatron checkpoint: itself, or the one its tracker names.
+
+    Raises ValueError when there is none, or it is not in the torch_dist format.
+    """
+    root = Path(checkpoint_dir)
+    found = root
+    if not (root / "metadata.json").is_file():
+        if not (root / TRACKER).is_file():
+            raise ValueError(
+                f"{root}: no Megatron checkpoint (no {TRACKER}, no metadata.json); give what was "
+                "passed to --save"
+            )
+        text = (root / TRACKER).read_text().strip()
+        if text != "release" and not text.isdigit():
+            raise ValueError(f"{root}/{TRACKER}: expected an iteration or 'release', got {text!r}")
+        found = root / (text if text == "release" else f"iter_{int(text):07d}")
+    config = dist_checkpointing.core.maybe_load_config(str(found))
+    if config is None or config.sharded_backend != "torch_dist":
+        raise ValueError(
+            f"{found}: not in the torch_dist format; save with --ckpt-format torch_dist"
+        )
+    return found
+
+
+def export_checkpoint(
+    checkpoint_dir: str | Path,
+    checkpoint: HFCheckpoint,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    card: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Write a torch_dist checkpoint, saved at any layout, as a Hugging Face directory.
+
+    checkpoint is the base model (names, config.json, tokenizer). Raises ValueError when the two do
+    not fit each other; see `save_hf` for the other arguments and the guarantees.
+    """
+    source = find_iteration(checkpoint_dir)
+    out = Path(out_dir).absolute()
+    staging = directory.start(checkpoint, out, overwrite)
+    reader = TorchDistReader(source)
+    with skeleton.single_process():
+        common = dist_checkpointing.load_common_state_dict(str(source))
+        content = common.get("content_metadata") or skeleton.CONTENT
+        model = skeleton.build(checkpoint)
+        boxes, _ = skeleton.walk(model, checkpoint, content)
+        owned = [s for s in shards([model], checkpoint) if not s.rule.is_copy]
+        for shard in owned:
+            check_shapes(shard, checkpoint)
+        plan = plan_files(owned, checkpoint, dtype, max_file_bytes)
+        files = file_names(len(plan))
+        place: dict[str, Writer] = {}
+        writers = []
+        for name, contents in zip(files, plan, strict=True):
+            writers.append(Writer(staging / name, contents))
+            place.update(dict.fromkeys(contents, writers[-1]))
+        by_key: dict[str, list[skeleton.Box]] = {}
+        for box in boxes:
+            by_key.setdefault(box.tensor.key, []).append(box)
+        done, total = 0, sum(t.nbytes for t in checkpoint.tensors.values())
+        for key, parts in by_key.items():
+            _check_key(reader, key, parts[0], source)
+            for chunk in reader.chunks(key):
+                for box in parts:
+                    _export_overlap(chunk, box, place)
+                done += chunk.tensor.nbytes
+                progress(min(done, total), total)
+        for writer in writers:
+            writer.close()
+    directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card)
+    return out
+
+
+def _check_key(reader: TorchDistReader, key: str, box: skeleton.Box, source: Path) -> None:
+    stored, expected = reader.shape(key), tuple(box.tensor.global_shape)
+    if stored is None:
+        raise ValueError(
+            f"{source}: has no tensor {key!r}; is --hf-model the model it was made of?"
+        )
+    is_vocabulary = any(n in key for n in ("word_embeddings", "output_layer"))
+    fits = stored[1:] == expected[1:] and stored[0] >= expected[0] if is_vocabulary else None
+    if not (stored == expected or fits):
+        raise ValueError(
+            f"{source}: tensor {key!r} has shape {list(stored)}, --hf-model implies "
+            f"{list(expected)}; is it the model that the checkpoint was made of?"
+        )
+
+
+def _export_overlap(chunk: Chunk, box: skeleton.Box, place: dict[str, Writer]) -> None:
+    """Write what of a stored box lies in `box` to the Hugging Face tensors it belongs to."""
+    tensor = box.tensor
+    axes = tensor.prepend_axis_num
+    local = (1,) * axes + tuple(tensor.local_shape)
+    cut, begin = chunk.tensor, []
+    for axis, (a, n, b, m) in enumerate(
+        zip(chunk.offset, cut.shape, tensor.global_offset, local, strict=True)
+    ):
+        low, high = max(a, b), min(a + n, b + m)
+        if low >= high:
+            return
+        cut = cut.narrow(axis, low - a, high - low)
+        begin.append(low - b)
+    cut = cut.reshape(cut.shape[axes:])
+    row = begin[axes]
+    column = begin[axes + 1] if len(begin) > axes + 1 else 0
+    first = box.first_row + row
+    for piece in row_pieces(box.shard, first, first + cut.shape[0]):
+        writer = place[piece.name]
+        part = cut.narrow(0, piece.target, piece.length).to(writer.dtype(piece.name))
+        writer.write_region(piece.name, piece.source, column, part)

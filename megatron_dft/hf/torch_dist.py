@@ -1,0 +1,134 @@
+"""Read and write Megatron's torch_dist checkpoints chunk by chunk, in one process.
+
+torch_dist is PyTorch's distributed checkpoint format: files of tensors saved one after the other
+and a `.metadata` that says which box of which global tensor lies where. PyTorch's own reader and
+writer go through whole state dicts (the writer keeps every tensor of a file until the file is
+closed).
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+MAX_FILE_BYTES = 5 * 10**9
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's name for it
+
+
+class TorchDistWriter:
+    """Writes one checkpoint directory; `close` makes it complete and flushes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stream: Any = None
+        self._name = ""
+        self._files = 0
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+
+    def _file(self) -> Any:
+        if self._stream is not None and self._stream.tell() > MAX_FILE_BYTES:
+            self._end_file()
+        if self._stream is None:
+            self._name = f"__0_{self._files}.distcp"
+            self._files += 1
+            self._stream = open(self._directory / self._name, "wb", buffering=2**20)
+        return self._stream
+
+    def _end_file(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._stream = None
+
+    def _store(self, index: MetadataIndex, save: Any) -> None:
+        stream = self._file()
+        begin = stream.tell()
+        save(stream)
+        self._storage[index] = _StorageInfo(self._name, begin, stream.tell() - begin)
+
+    def write_tensor(
+        self, key: str, global_shape: tuple[int, ...], offset: tuple[int, ...], box: torch.Tensor
+    ) -> None:
+        """Write `box` (CPU, as many axes as the global tensor) at `offset` of the tensor `key`."""
+        if key not in self._entries:
+            properties = TensorProperties(dtype=box.dtype)
+            self._entries[key] = TensorStorageMetadata(properties, torch.Size(global_shape), [])
+        chunks = self._entries[key].chunks
+        index = MetadataIndex(key, torch.Size(offset), len(chunks))
+        chunks.append(ChunkStorageMetadata(torch.Size(offset), box.shape))
+        self._store(index, lambda stream: torch.save(box, stream))
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Write a Python object as Megatron's ShardedObjects are kept: a pickled list of one."""
+        buffer = io.BytesIO()
+        torch.save([value], buffer)
+        self._entries[key] = BytesStorageMetadata()
+        self._store(MetadataIndex(key), lambda stream: stream.write(buffer.getbuffer()))
+
+    def close(self) -> None:
+        self._end_file()
+        metadata = Metadata(
+            self._entries, storage_data=self._storage, storage_meta=StorageMeta(self._directory)
+        )
+        with open(self._directory / ".metadata", "wb") as f:
+            pickle.dump(metadata, f)
+            f.flush()
+            os.fsync(f.fileno())
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One stored box: global `offset`, and the tensor itself."""
+
+    offset: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+class TorchDistReader:
+    """Reads stored boxes of tensors, one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        metadata = FileSystemReader(directory).read_metadata()
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._entries = metadata.state_dict_metadata
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Global shape of the tensor `key`, or None where the checkpoint has no such tensor."""
+        entry = self._entries.get(key)
+        return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+
+    def keys(self) -> set[str]:
+        return set(self._entries)
+
+    def chunks(self, key: str) -> Iterator[Chunk]:
+        """The stored boxes of tensor `key`, in the order of the files."""
+        places = [
+            (info.relative_path, info.offset, info.length, index.offset)
+            for index, info in self._storage.items()
+            if index.fqn == key
+        ]
+        for path, begin, length, offset in sorted(places):
+            with open(self._directory / path, "rb") as f:
+                f.seek(begin)
+                data = io.BytesIO(f.read(length))
+            yield Chunk(tuple(offset), torch.load(data, map_location="cpu", weights_only=True))
