@@ -182,9 +182,10 @@ class Attention(MegatronModule):
         if visible is None:
             visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         scale = self.scale if self.scale is not None else q.shape[-1] ** -0.5
-        scores = (q @ k.transpose(-1, -2)).float() * scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q @ k.transpose(-1, -2)).to(wide) * scale
         scores = scores.masked_fill(~visible, float("-inf"))
-        sink = self.softmax_offset.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        sink = self.softmax_offset.to(wide)[None, :, None, None].expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
         return weights.to(v.dtype) @ v
 
