@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("megatron_dft.hf.export_command", "Megatron torch_dist → Hugging Face checkpoint"),
     "inspect-data": ("megatron_dft.data.inspect", "statistics and masks of chat data"),
     "drift": ("megatron_dft.drift.command", "what fine-tuning did to the weights"),
-    "retention": ("megatron_dft.drift.retention_command", "what the tuned model still knows"),
+    "retention": ("megatron_dft.retention_command", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.diagnose_command", "is DFT the right loss for this data?"),
     "plan": ("megatron_dft.cluster.plan_command", "layouts and memory for a job"),
     "preflight": ("megatron_dft.cluster.preflight_command", "check the nodes of an allocation"),
