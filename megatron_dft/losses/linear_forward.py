@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dft.losses.linear_recompute import Head, linear_gradients
+from megatron_dft.losses.linear_recompute import Head, fp32_chunks, linear_gradients
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_gradient import LogitGradient
 from megatron_dft.losses.vocab_statistics import (
     Finished,
     finish,
     merge,
-    row_chunks,
     shard_statistics,
     statistics_dtype,
     target_position,
@@ -52,11 +51,11 @@ class _Gradients:
     real: int
 
     @classmethod
-    def zeros(cls, hidden_nh: Tensor, weight_Vh: Tensor, real: int, needs: tuple[bool, bool]):
+    def empty(cls, hidden_nh: Tensor, weight_Vh: Tensor, real: int, needs: tuple[bool, bool]):
         wide = statistics_dtype(weight_Vh)
         return cls(
             torch.empty_like(hidden_nh) if needs[0] else None,
-            torch.zeros_like(weight_Vh, dtype=wide) if needs[1] else None,
+            torch.empty_like(weight_Vh, dtype=wide) if needs[1] else None,
             real,
         )
 
@@ -71,28 +70,35 @@ class _Gradients:
         if self.d_weight is not None:
             if factor is not None:
                 rows = rows * factor.unsqueeze(1)
+            if chunk.start == 0:  # spares a pass that would set all of dW to 0
+                self.d_weight[self.real :] = 0.0
             if self.d_weight.dtype == dz.dtype:
-                self.d_weight[: self.real].addmm_(dz.t(), rows)
+                d_weight = self.d_weight[: self.real]
+                if chunk.start == 0:
+                    torch.mm(dz.t(), rows, out=d_weight)
+                else:
+                    d_weight.addmm_(dz.t(), rows)
             else:
                 # By rows of dW, for the product comes in bf16 and is added in fp32.
                 step = max(1, dz.numel() // max(rows.shape[1], 1))
                 for start in range(0, self.real, step):
                     block = slice(start, min(start + step, self.real))
-                    self.d_weight[block] += torch.mm(dz[:, block].t(), rows)
+                    product = torch.mm(dz[:, block].t(), rows)
+                    if chunk.start == 0:
+                        self.d_weight[block] = product
+                    else:
+                        self.d_weight[block] += product
 
 
-def _chunk_statistics(logits: Tensor, target: Tensor, head: Head, in_place: bool) -> Finished:
-    """Statistics of a chunk [c, V]; in place, the logits become e^{z−m}."""
-    dtype = statistics_dtype(logits)
-    packed = torch.empty(head.want.count, len(logits), dtype=dtype, device=logits.device)
-    scratch = None
-    for part in row_chunks(len(logits), logits.shape[1], None, logits.device):
-        rows = logits[part]
-        if in_place:
-            scratch = rows
-        elif scratch is None or len(scratch) != len(rows):
-            scratch = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        packed[:, part] = shard_statistics(rows, target[part], head.vocab_start, head.want, scratch)
+def _chunk_statistics(logits: Tensor, target: Tensor, head: Head) -> Finished:
+    """Statistics of a chunk [c, V]; fp32 or fp64 logits become e^{z−m}."""
+    packed = torch.empty(
+        head.want.count, len(logits), dtype=statistics_dtype(logits), device=logits.device
+    )
+    for part, scratch in fp32_chunks(logits):
+        packed[:, part] = shard_statistics(
+            logits[part], target[part], head.vocab_start, head.want, scratch
+        )
     return finish(merge(packed.unsqueeze(0), head.want), head.want)
 
 
@@ -102,10 +108,7 @@ def _logit_gradient_(
     """Overwrite bf16 or fp16 logits [c, V] with weight · (softmax − onehot)."""
     gradient = LogitGradient(done, target, head.vocab_start, None)
     gradient.set_upstream(-weight, None, None, None, None)
-    for part in row_chunks(len(logits), logits.shape[1], None, logits.device):
-        scratch = torch.empty(
-            logits[part].shape, dtype=statistics_dtype(logits), device=logits.device
-        )
+    for part, scratch in fp32_chunks(logits):
         logits[part] = gradient.chunk(logits[part], part, scratch, None)
 
 
@@ -129,14 +132,14 @@ class LinearLoss(torch.autograd.Function):
         tokens = len(hidden)
         dtype = statistics_dtype(hidden)
         in_place = hidden.dtype == dtype
-        gradients = _Gradients.zeros(hidden, weight_Vh, head.real, ctx.needs_input_grad[:2])
+        gradients = _Gradients.empty(hidden, weight_Vh, head.real, ctx.needs_input_grad[:2])
         buffer = hidden.new_empty(min(head.chunk_size, tokens), head.real)
         results = torch.empty(5, tokens, dtype=dtype, device=hidden.device)
         for start in range(0, tokens, head.chunk_size):
             chunk = slice(start, min(start + head.chunk_size, tokens))
             logits = buffer[: chunk.stop - start]
             torch.mm(hidden[chunk], weight_Vh[: head.real].t(), out=logits)
-            done = _chunk_statistics(logits, target[chunk], head, in_place)
+            done = _chunk_statistics(logits, target[chunk], head)
             terms = objective.terms(
                 _token_stats(done, {name: value[chunk] for name, value in fields.items()})
             )
@@ -153,6 +156,8 @@ class LinearLoss(torch.autograd.Function):
             else:
                 _logit_gradient_(logits, done, terms.weight, target[chunk], head)
             gradients.add(chunk, logits, factor, hidden, weight_Vh)
+        if not tokens and gradients.d_weight is not None:
+            gradients.d_weight.zero_()
         maximum, sum_exp, log_prob, weight, value = results
         done = Finished(maximum, sum_exp, log_prob, None, None, None, None, None, None, None)
         if gradients.d_weight is not None:

@@ -67,14 +67,19 @@ class _BlockLogits:
         return torch.mm(self.hidden, self.weight[block].t(), out=out)
 
 
-def _scratch(logits: Tensor, chunk: slice, kept: Tensor | None) -> Tensor:
-    """fp32 room for a chunk: the logits' own where they are fp32, else `kept` if large enough."""
-    if logits.dtype == statistics_dtype(logits):
-        return logits[chunk]
-    rows = chunk.stop - chunk.start
-    if kept is None or kept.shape[1] != logits.shape[1] or len(kept) < rows:
-        kept = torch.empty(rows, logits.shape[1], dtype=torch.float32, device=logits.device)
-    return kept[:rows]
+def fp32_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, room for their fp32 values): the logits' own storage at once where they are fp32 or
+    fp64, else chunk by chunk one small buffer."""
+    dtype = statistics_dtype(logits)
+    if logits.dtype == dtype:
+        yield slice(0, len(logits)), logits
+        return
+    buffer = None
+    for chunk in row_chunks(len(logits), logits.shape[1], None, logits.device):
+        if buffer is None:
+            shape = (chunk.stop - chunk.start, logits.shape[1])
+            buffer = torch.empty(shape, dtype=dtype, device=logits.device)
+        yield chunk, buffer[: chunk.stop - chunk.start]
 
 
 def linear_statistics(
@@ -83,12 +88,10 @@ def linear_statistics(
     """Statistics of all n tokens, reduced over blocks and ranks."""
     tokens, parts = len(hidden_nh), []
     logits_of = _BlockLogits(hidden_nh, weight_Vh)
-    scratch = None
     for block in head.blocks(tokens):
         logits = logits_of(block)
         part = hidden_nh.new_empty(head.want.count, tokens, dtype=statistics_dtype(hidden_nh))
-        for chunk in row_chunks(tokens, logits.shape[1], None, logits.device):
-            scratch = _scratch(logits, chunk, scratch)
+        for chunk, scratch in fp32_chunks(logits):
             part[:, chunk] = shard_statistics(
                 logits[chunk], target_n[chunk], head.vocab_start + block.start, head.want, scratch
             )
@@ -120,13 +123,11 @@ def linear_gradients(
         d_weight = torch.empty_like(weight_Vh)
         d_weight[head.real :] = 0.0
     logits_of = _BlockLogits(hidden_nh, weight_Vh)
-    scratch = None
     for block in head.blocks(tokens):
         logits = logits_of(block)
         gradient = LogitGradient(done, target_n, head.vocab_start + block.start, None)
         gradient.set_upstream(upstream_n, None, None, None, None)
-        for chunk in row_chunks(tokens, logits.shape[1], None, logits.device):
-            scratch = _scratch(logits, chunk, scratch)
+        for chunk, scratch in fp32_chunks(logits):
             result = gradient.chunk(logits[chunk], chunk, scratch, None)
             if result.dtype != logits.dtype:
                 logits[chunk] = result

@@ -88,7 +88,7 @@ def vocab_parallel_statistics(
             cuts them. For uneven shards: `vocab_shard_start` once at set-up.
         vocab_size: number of real tokens; columns from it on are padding and take no probability
             and no gradient. None: every column is real.
-        chunk_bytes: [bytes] of the fp32 temporary. None: 4 MiB on a CPU, 256 MiB on a GPU.
+        chunk_bytes: [bytes] of the fp32 temporary. None: 32 MiB on a CPU, 256 MiB on a GPU.
         overwrite_logits: the backward writes the gradient into the storage of `logits`: half the
             peak memory, when nothing else needs the logits after the loss.
 
