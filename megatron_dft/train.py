@@ -16,6 +16,8 @@ import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_dft.cluster import status  # noqa: E402
+
 CONFIGURATION_ERROR = 2
 
 
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Megatron checks its own flags by assertions.
         if _is_first_local_rank():
             print(f"{socket.gethostname()}: error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            status.record("refused", _one_line(error))
         return CONFIGURATION_ERROR
     _train(args)
     return 0
@@ -83,10 +87,13 @@ def _configure(argv: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_dft.cluster import flags as recovery_flags
+
     # Megatron's parse_and_validate_args with one step more: the data is read before
     # set_global_variables opens the first file to write.
-    args = parse_args(extra_args_provider=add_arguments)
+    args = parse_args(extra_args_provider=recovery_flags.before(add_arguments))
     validate_args(args)
+    recovery_flags.check(args)
     if _is_first_local_rank():
         from megatron_dft import data_provider
 
@@ -101,8 +108,10 @@ def _train(args: Any) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dft import compat, model, output
+    from megatron_dft.cluster.recovery import supervised
     from megatron_dft.data_provider import datasets_provider
     from megatron_dft.forward_step import forward_step
+    from megatron_dft.run_identity import run_identity
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     compat.fail_on_silent_exits()
@@ -110,13 +119,14 @@ def _train(args: Any) -> None:
     config = model.model_config(args, handle)
     out = output.Output(args, handle)
     out.install()
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
-    out.finish()
+    with supervised(args, run_identity()):
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+        out.finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""One context manager round the training: stopping, commits, resuming, and the word at the end."""
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dft.cluster import (
+    commit,
+    exit_codes,
+    manifest,
+    numbers,
+    resume,
+    status,
+    stop,
+)
+from megatron_dft.cluster.hooks import wrap
+from megatron_dft.cluster.watchdog import Watchdog
+
+
+class _Run:
+    """What has happened so far in this process."""
+
+    def __init__(self, args: Any, identity: dict[str, Any]) -> None:
+        self.args, self.identity = args, identity
+        self.watchdog = Watchdog(args.hang_timeout) if args.hang_timeout else None
+        self.iteration = 0
+
+    def progress(self, section: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.progress(section)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says about the run."""
+        args = self.args
+        return {
+            "identity": self.identity,
+            "iteration": args.curr_iteration + 1 if hasattr(args, "curr_iteration") else None,
+            "consumed_train_samples": args.consumed_train_samples,
+            "global_batch_size": args.global_batch_size,
+            "world_size": args.world_size,
+            "tensor_model_parallel_size": args.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+            "context_parallel_size": args.context_parallel_size,
+        }
+
+    def before_model(self) -> None:
+        """Choose the checkpoint; on every rank, when the process groups exist."""
+        args = self.args
+        if args.load is None:
+            return
+        root = Path(args.load)
+        if args.ckpt_step is not None:
+            faults, content = resume._faults(manifest.iteration_directory(root, args.ckpt_step))
+            if faults:
+                raise resume.ResumeError(
+                    f"--ckpt-step {args.ckpt_step}: expected a whole checkpoint, got "
+                    f"{'; '.join(faults)}; choose another step"
+                )
+            choice = resume.Choice(args.ckpt_step, [], content and content["run"])
+        else:
+            choice = resume.choose(root, args.strict_resume)
+        for line in choice.damaged:
+            _say(f"warning: {root}: {line}; passed over")
+        if choice.iteration is None:
+            _say(f"{root}: no checkpoint yet; starting from the model's own weights")
+            return
+        if choice.run is not None and not args.finetune:
+            where = f"{root} (step {choice.iteration})"
+            for line in resume.check_same_run(
+                choice.run["identity"], self.identity, args.allow_change, where
+            ):
+                _say(f"warning: resuming with a change: {line}")
+        if choice.iteration >= 0 and args.ckpt_step is None:
+            resume.mend_tracker(root, choice.iteration)
+            _say(f"{root}: going on from step {choice.iteration}")
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"> {text}", flush=True)
+
+
+def _install(run: _Run) -> stop.StopHandler:
+    from megatron.training import training
+
+    args = run.args
+    handler = stop.install(args, args.stop_file)
+    numbers.install(args)
+    if args.save is not None:
+        commit.install(run.describe, args.keep_last)
+
+    def choosing(original):
+        def setup_model_and_optimizer(*positional, **named):
+            run.before_model()
+            return original(*positional, **named)
+
+        return setup_model_and_optimizer
+
+    def deciding(original):
+        def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, *rest, **named):
+            run.iteration = iteration
+            run.progress(f"the save after step {iteration}")
+            leaving = original(model, optimizer, scheduler, iteration, *rest, **named)
+            run.progress(f"step {iteration + 1}")
+            return leaving
+
+        return checkpoint_and_decide_exit
+
+    wrap(training, "setup_model_and_optimizer", choosing)
+    wrap(training, "checkpoint_and_decide_exit", deciding)
+    return handler
+
+
+@contextlib.contextmanager
+def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
+    """Run Megatron's `pretrain` and what follows it in here.
+
+    Args:
+        args: Megatron's, validated and with our flags; changed in place.
+        identity: loss, model, tokenizer of this run, JSON values; a resume compares them.
+
+    Raises:
+        SystemExit: with a status of exit_codes.py where the run ended before its last step.
+    """
+    run = _Run(args, identity)
+    handler = _install(run)
+    if run.watchdog is not None:
+        run.watchdog.start()
+    rank = os.environ.get("RANK", "0")
+    try:
+        yield
+        # Every rank has written what it had to write: only now is the run a success.
+        dist.barrier()
+        if rank == "0":
+            status.record("finished", args.train_iters)
+    except resume.ResumeError as error:
+        if rank == "0":
+            print(f"{socket.gethostname()}: error: {error}", file=sys.stderr, flush=True)
+            status.record("refused", str(error))
+        dist.barrier()
+        raise SystemExit(exit_codes.REFUSED) from None
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):
+            raise
+        # Before any process is gone: the launcher may kill the others on the first one's exit.
+        dist.barrier()
+        if rank == "0":
+            status.record("stopped", run.iteration)
+        dist.barrier()
+        if handler.agreed:
+            raise SystemExit(exit_codes.STOPPED) from None
+        raise
+    except Exception as error:
+        step = run.iteration + 1
+        print(
+            f"{socket.gethostname()}: error: rank {rank}, in or before step {step}: "
+            f"{type(error).__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
+    finally:
+        if run.watchdog is not None:
+            run.watchdog.stop()

@@ -1,0 +1,95 @@
+"""Training runs on the fork server that may end before their last step, and their checkpoints."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import run_ranks
+
+
+class Ended:
+    """How a run ended on each rank: exit statuses, figures of each step, the status word, stderr."""
+
+    def __init__(self, results: list[Any], status: Path) -> None:
+        self.codes = [code for code, _, _ in results]
+        self.steps = results[-1][1]
+        self.texts = [text for _, _, text in results]
+        self.word = status.read_text().split()[0] if status.exists() else None
+
+
+def _rank(argv, before, status):
+    import io
+    import sys
+
+    os.environ["MEGATRON_DFT_STATUS"] = status
+    text = io.StringIO()
+
+    class Tee:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def write(self, words):
+            text.write(words)
+            return self.stream.write(words)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)
+    from megatron_dft import progress, report, train
+
+    heard: list[dict[str, float]] = []
+    plain = progress.Progress.log
+
+    def log(self: Any, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        if losses:
+            heard.append({name: float(value) for name, value in losses.items()})
+            heard[-1].pop(report.TOKENS)
+            heard[-1]["grad_norm"] = float(call["grad_norm"])
+            heard[-1]["step"] = call["iteration"]
+        plain(self, losses, call)
+
+    progress.Progress.log = log  # type: ignore[method-assign]
+    if before is not None:
+        before()
+    try:
+        code = train.main(argv)
+    except SystemExit as leaving:
+        code = leaving.code
+    return code, heard, text.getvalue()
+
+
+def run(
+    world_size: int, *argv: str, status: Path, before: Callable[[], None] | None = None
+) -> Ended:
+    """Train on `world_size` ranks; `before` runs on each first, to break a part."""
+    status.unlink(missing_ok=True)
+    results = run_ranks(_rank, world_size, list(argv), before, str(status), init=False, timeout=240)
+    return Ended(results, status)
+
+
+def tensors(directory: Path) -> dict[str, Any]:
+    """Every tensor of a torch_dist checkpoint (weights, Adam state, random states), by name."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(str(directory))
+    metadata = reader.read_metadata()
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Bit-equal weights and optimizer state."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys() and a
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
