@@ -117,7 +117,8 @@ class TurnRenderer:
         if not own.startswith(head):
             raise RowError(
                 f"message {turn}: the template's generation prompt does not begin its rendering "
-                "of this turn, so no mask is right; give a template with {% generation %} marks"
+                "of this turn (it opens a <think> block, or a stray character ends the template), "
+                "so no mask is right; mark the answers with {% generation %}"
             )
         end = own.rfind(self._end_of_turn, len(head))
         if end >= 0:
@@ -172,12 +173,10 @@ class TurnRenderer:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             self._turn_span(self.template.render(probe), probe, None, 1)
-        except RowError:
+        except RowError as error:
             raise ValueError(
-                "the chat template's generation prompt does not begin its rendering of the answer "
-                "(a stray character at its end, or a prompt that opens a <think> block), so no "
-                "mask is right; mend it, or mark the answers with {% generation %}, and give it "
-                "with --chat-template FILE"
+                f"the chat template cannot be masked, on a plain conversation: {error}; give "
+                "another with --chat-template FILE"
             ) from None
 
 

@@ -238,6 +238,10 @@ def test_a_prompt_that_does_not_begin_the_turn_is_refused():
     for template in (opened, CHATML_TEMPLATE + " "):
         with pytest.raises(ValueError, match="generation prompt does not begin its rendering"):
             _marked(template)
+    # Without an end of its own, an answer ends where the next question begins.
+    endless = CHATML_TEMPLATE.replace("'<|im_end|>' + '\n'", "'\n'")
+    with pytest.raises(ValueError, match="plain conversation: message 1: .* no end-of-turn token"):
+        _marked(endless)
     # Only some rows: the prompt opens a block for questions about x alone.
     sometimes = CHATML_TEMPLATE.replace(
         prompt, prompt + "{% if 'x' in messages[-1].content %}{{ '<think>' }}{% endif %}"
