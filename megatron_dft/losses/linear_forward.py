@@ -114,7 +114,7 @@ def _logit_gradient_(
 
 class LinearLoss(torch.autograd.Function):
     """(hidden [T, h], weight, target [T], Head, Objective, per-token fields) → loss [T] and the
-    constants weight [T] and log p [T]."""
+    constants weight [T], log p [T] and whether no token is likelier [T]."""
 
     @staticmethod
     def forward(
@@ -135,6 +135,7 @@ class LinearLoss(torch.autograd.Function):
         gradients = _Gradients.empty(hidden, weight_Vh, head.real, ctx.needs_input_grad[:2])
         buffer = hidden.new_empty(min(head.chunk_size, tokens), head.real)
         results = torch.empty(5, tokens, dtype=dtype, device=hidden.device)
+        is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         for start in range(0, tokens, head.chunk_size):
             chunk = slice(start, min(start + head.chunk_size, tokens))
             logits = buffer[: chunk.stop - start]
@@ -147,6 +148,7 @@ class LinearLoss(torch.autograd.Function):
             results[:, chunk] = torch.stack(
                 [done.maximum, done.sum_exp, done.log_prob, terms.weight, terms.value]
             )
+            is_top1[chunk] = done.is_top1
             factor = None
             if in_place:
                 each = torch.arange(len(logits), device=logits.device)
@@ -159,13 +161,13 @@ class LinearLoss(torch.autograd.Function):
         if not tokens and gradients.d_weight is not None:
             gradients.d_weight.zero_()
         maximum, sum_exp, log_prob, weight, value = results
-        done = Finished(maximum, sum_exp, log_prob, None, None, None, None, None, None, None)
+        done = Finished(maximum, sum_exp, log_prob, is_top1)
         if gradients.d_weight is not None:
             gradients.d_weight = gradients.d_weight.to(weight_Vh.dtype)
         ctx.head, ctx.done, ctx.target, ctx.weight = head, done, target, weight
         ctx.gradients = gradients
         ctx.save_for_backward(hidden_Th, weight_Vh)
-        outputs = rows.spread(value), rows.spread(weight), rows.spread(log_prob)
+        outputs = tuple(rows.spread(x) for x in (value, weight, log_prob, is_top1))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

@@ -42,12 +42,14 @@ class LinearHeadOutput(NamedTuple):
     """[b, s] or [T] like the labels, fp32 (fp64 for fp64 hidden states), 0 where not supervised.
 
     loss: per token, not reduced, differentiable. weight: detached ∂loss/∂(−log p). log_prob:
-    detached log p of the target; −log_prob is the plain cross entropy.
+    detached log p of the target; −log_prob is the plain cross entropy. is_top1: bool, whether no
+    token is likelier than the target; its mean over supervised tokens is the accuracy.
     """
 
     loss: Tensor
     weight: Tensor
     log_prob: Tensor
+    is_top1: Tensor
 
 
 def _layout(hidden: Tensor, labels: Tensor, ranks: int) -> None:
@@ -147,7 +149,8 @@ def linear_head_loss(
         return LinearHeadOutput(*(like_labels(x) for x in outputs))
     outputs = LinearStatistics.apply(flat, weight, tokens(labels), head)
     log_prob = like_labels(outputs[0])
-    entropy_top20, sum_sq_prob = (None if x is None else like_labels(x) for x in outputs[1:])
+    is_top1 = like_labels(outputs[1])
+    entropy_top20, sum_sq_prob = (None if x is None else like_labels(x) for x in outputs[2:])
     loss, token_weight = objective(
         TokenStats(
             log_prob=log_prob,
@@ -157,7 +160,7 @@ def linear_head_loss(
             **stats,
         )
     )
-    return LinearHeadOutput(loss, token_weight, log_prob.detach())
+    return LinearHeadOutput(loss, token_weight, log_prob.detach(), is_top1)
 
 
 def _use_forward_design(

@@ -143,7 +143,7 @@ def linear_gradients(
 
 class LinearStatistics(torch.autograd.Function):
     """(hidden [N, h], weight, target [T], Head) → log p [T], differentiable, and the constants
-    entropy of the top k and Σp², [T] or None."""
+    whether it is the largest, entropy of the top k and Σp², [T] or None."""
 
     @staticmethod
     def forward(ctx, hidden_Nh: Tensor, weight_Vh: Tensor, target_T: Tensor, head: Head):
@@ -152,9 +152,8 @@ class LinearStatistics(torch.autograd.Function):
         done = linear_statistics(rows.gather(hidden_Nh), weight_Vh, target, head)
         ctx.head, ctx.done, ctx.target = head, done, target
         ctx.save_for_backward(hidden_Nh, weight_Vh)
-        constants = [
-            None if v is None else rows.spread(v) for v in (done.entropy_top, done.sum_sq_prob)
-        ]
+        values = (done.is_top1, done.entropy_top, done.sum_sq_prob)
+        constants = [None if v is None else rows.spread(v) for v in values]
         ctx.mark_non_differentiable(*(v for v in constants if v is not None))
         return rows.spread(done.log_prob), *constants
 

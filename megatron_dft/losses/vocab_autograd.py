@@ -83,8 +83,8 @@ def _buffer(like_TV: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class VocabParallelStatistics(torch.autograd.Function):
-    """(logits [T, V], target [T], reference logits [T, V] or None, Call) → log p, entropy, entropy
-    of the top k, Σp², KL: [T] each or None."""
+    """(logits [T, V], target [T], reference logits [T, V] or None, Call) → log p, whether that is
+    the largest, entropy, entropy of the top k, Σp², KL: [T] each or None."""
 
     @staticmethod
     def forward(ctx, logits_TV: Tensor, target_T: Tensor, reference_TV: Tensor | None, call: Call):
@@ -109,14 +109,24 @@ class VocabParallelStatistics(torch.autograd.Function):
         ctx.gradient = LogitGradient.of(done, gathered, call.want, rank, target, call.vocab_start)
         ctx.call, ctx.rows = call, rows
         ctx.save_for_backward(logits_TV, reference_TV)
-        values = (done.log_prob, done.entropy, done.entropy_top, done.sum_sq_prob, done.kl)
-        return tuple(None if v is None else rows.spread(v, len(target_T)) for v in values)
+        values = (
+            done.log_prob,
+            done.is_top1,
+            done.entropy,
+            done.entropy_top,
+            done.sum_sq_prob,
+            done.kl,
+        )
+        out = tuple(None if v is None else rows.spread(v, len(target_T)) for v in values)
+        ctx.mark_non_differentiable(out[1])
+        return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
         logits_TV, reference_TV = ctx.saved_tensors
         rows, overwrite = ctx.rows, ctx.call.overwrite_logits
-        ctx.gradient.set_upstream(*(None if g is None else rows.of(g) for g in grads))
+        upstream = [None if g is None else rows.of(g) for g in (grads[0], *grads[2:])]
+        ctx.gradient.set_upstream(*upstream)
         if overwrite:
             out = logits_TV.detach()
         else:

@@ -37,9 +37,13 @@ TOP_K = 20
 
 class VocabStatistics(NamedTuple):
     """Per-token results, fp32 (fp64 for fp64 logits), of the targets' shape, differentiable with
-    respect to the logits, 0 where the target is ignored; None where not asked for."""
+    respect to the logits, 0 where the target is ignored; None where not asked for.
+
+    `is_top1` (bool) tells whether no token is likelier than the target: its mean is the accuracy.
+    """
 
     log_prob: Tensor
+    is_top1: Tensor
     entropy: Tensor | None
     entropy_top20: Tensor | None
     sum_sq_prob: Tensor | None
@@ -163,7 +167,7 @@ def vocab_parallel_loss(
         sum_sq_prob="sum_sq_prob" in objective.needs,
         **options,
     )
-    fields = {k: v for k, v in stats._asdict().items() if v is not None}
+    fields = {k: v for k, v in stats._asdict().items() if v is not None and k != "is_top1"}
     mask = target != options.get("ignore_index", -100)
     return objective(TokenStats(mask=mask, **fields, **(token_stats or {})))
 

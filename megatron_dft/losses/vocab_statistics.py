@@ -188,13 +188,14 @@ class Finished:
     maximum: Tensor
     sum_exp: Tensor
     log_prob: Tensor
-    entropy: Tensor | None
-    sum_sq_prob: Tensor | None
-    top_prob: Tensor | None  # [k, T], renormalised over the k likeliest
-    entropy_top: Tensor | None
-    kl: Tensor | None
-    ref_maximum: Tensor | None
-    ref_sum_exp: Tensor | None
+    is_top1: Tensor  # bool: no token is likelier than the target
+    entropy: Tensor | None = None
+    sum_sq_prob: Tensor | None = None
+    top_prob: Tensor | None = None  # [k, T], renormalised over the k likeliest
+    entropy_top: Tensor | None = None
+    kl: Tensor | None = None
+    ref_maximum: Tensor | None = None
+    ref_sum_exp: Tensor | None = None
 
 
 def finish(stats_CT: Tensor, want: Wanted) -> Finished:
@@ -219,6 +220,7 @@ def finish(stats_CT: Tensor, want: Wanted) -> Finished:
         maximum=maximum,
         sum_exp=sum_exp,
         log_prob=(part["target"] - maximum) - log_sum,
+        is_top1=part["target"] == maximum,
         entropy=entropy,
         sum_sq_prob=sum_sq_prob,
         top_prob=top_prob,

@@ -38,7 +38,7 @@ def make_case(seed: int, dtype: torch.dtype) -> dict:
 
 
 def exact(name: str, case: dict, upstream) -> tuple:
-    """(loss [b, s], d_hidden, dW) in float64; logits rounded to bf16 where the inputs are bf16."""
+    """(loss [b, s], d_hidden, dW, top-1 [b, s]) in float64; bf16 inputs have bf16 logits."""
     dtype = case["hidden"].dtype
     hidden = case["hidden"].double().clone().requires_grad_()
     weight = case["weight"].double().clone().requires_grad_()
@@ -50,11 +50,15 @@ def exact(name: str, case: dict, upstream) -> tuple:
         name, logits, flat["labels"], flat["mask"], flat["segments"], case["reference"]
     )
     loss.backward(upstream.reshape(-1).double())
-    return loss.detach().view(BATCH, SEQUENCE), hidden.grad, weight.grad
+    top1 = flat["mask"] & (
+        logits.gather(1, flat["labels"].unsqueeze(1)).squeeze(1) == logits.amax(1)
+    )
+    shape = (BATCH, SEQUENCE)
+    return loss.detach().view(shape), hidden.grad, weight.grad, top1.view(shape)
 
 
 def ours(name: str, case: dict, upstream, group, sequence_parallel, **options) -> tuple:
-    """(loss, weight, log p, d_hidden, dW) of this rank."""
+    """(loss, weight, log p, top-1, d_hidden, dW) of this rank."""
     log_ref = case["reference"].log_softmax(-1).gather(1, case["labels"].reshape(-1, 1))
     stats = {"segment_ids": case["segments"], "reference_log_prob": log_ref.view(BATCH, SEQUENCE)}
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
@@ -106,10 +110,11 @@ def test_every_objective_equals_the_dense_float64_one(world_size):
     ranks = run_ranks(_all, world_size, runs)
     for i, (name, seed, dtype, sequence_parallel) in enumerate(runs):
         case = make_case(seed, dtype)
-        loss, d_hidden, d_weight = exact(name, case, _upstream(case, seed % 3 == 0))
-        parts = [rank[i][3] for rank in ranks]
+        loss, d_hidden, d_weight, top1 = exact(name, case, _upstream(case, seed % 3 == 0))
+        assert torch.equal(ranks[0][i][3], top1)
+        parts = [rank[i][4] for rank in ranks]
         got_hidden = torch.cat(parts) if sequence_parallel else parts[0]
-        got_weight = torch.cat([rank[i][4] for rank in ranks])
+        got_weight = torch.cat([rank[i][5] for rank in ranks])
         where = (name, dtype, sequence_parallel)
         if dtype == torch.float32:
             assert relative_error(ranks[0][i][0].flatten(), loss.flatten()) <= 1e-5, where
@@ -122,10 +127,10 @@ def test_every_objective_equals_the_dense_float64_one(world_size):
         assert not got_weight[VOCAB:].any(), "a padded row got a gradient"
         assert not got_hidden[~case["mask"].t()].any()
         for rank in ranks:
-            for j in range(3):
+            for j in range(4):
                 assert torch.equal(rank[i][j], ranks[0][i][j]), "ranks disagree"
             if not sequence_parallel:
-                assert torch.equal(rank[i][3], got_hidden), "d_hidden was not reduced"
+                assert torch.equal(rank[i][4], got_hidden), "d_hidden was not reduced"
 
 
 @pytest.mark.parametrize("design", ["recompute", "forward"])
@@ -136,12 +141,12 @@ def test_both_designs_agree_for_any_chunk_and_any_upstream_gradient(design, dtyp
         for uniform in (True, False):
             case = make_case(seed, dtype)
             upstream = _upstream(case, uniform)
-            loss, d_hidden, d_weight = exact(name, case, upstream)
+            loss, d_hidden, d_weight, _ = exact(name, case, upstream)
             got = ours(name, case, upstream, None, False, design=design, chunk_size=chunk_size)
             tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-12
             assert norm_error(got[0], loss) <= tolerance, name
-            assert norm_error(got[3], d_hidden) <= tolerance, name
-            assert norm_error(got[4], d_weight) <= tolerance, name
+            assert norm_error(got[4], d_hidden) <= tolerance, name
+            assert norm_error(got[5], d_weight) <= tolerance, name
 
 
 def test_a_summed_loss_uses_the_gradient_of_the_forward_once(monkeypatch):

@@ -143,7 +143,14 @@ def _statistics(case, borders, upstream, names):
         (gradient,) = torch.autograd.grad(getattr(stats, name), logits, upstream, retain_graph=True)
         gradients.append(gradient)
     (both,) = torch.autograd.grad([getattr(stats, n) for n in names], logits, [upstream] * 5)
-    return [getattr(stats, n).detach() for n in names], gradients, both, forward, dict(calls)
+    return (
+        [getattr(stats, n).detach() for n in names],
+        gradients,
+        both,
+        forward,
+        dict(calls),
+        stats.is_top1,
+    )
 
 
 def _exact_statistics(case) -> tuple:
@@ -195,7 +202,10 @@ def test_statistics_and_their_gradients_on_uneven_shards_with_one_collective(bor
         assert relative_error(got, gradient) <= TOLERANCE[dtype], name
     got = _shared_by_equals(torch.cat([rank[2] for rank in ranks], dim=1), logits)
     assert relative_error(got, _shared_by_equals(total, logits)) <= TOLERANCE[dtype]
+    chosen = logits.gather(1, case["target"].clamp(min=0).unsqueeze(1)).squeeze(1)
+    top1 = chosen == logits.amax(-1)
     for rank in ranks:
+        assert torch.equal(rank[5], top1 & supervised)
         expected = {"all_gather_into_tensor": 1} if len(ranks) > 1 else {}
         assert rank[3] == expected, "one statistics collective in the forward"
         assert rank[4] == expected, "none in the backward"
