@@ -5,6 +5,7 @@ saved it) is read, cut along the tensors it belongs to, and written to their pla
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -42,6 +43,12 @@ def find_iteration(checkpoint_dir: str | Path) -> Path:
             f"{found}: not in the torch_dist format; save with --ckpt-format torch_dist"
         )
     return found
+
+
+def training_args(iteration_dir: Path) -> Any:
+    """The argparse Namespace of the run that saved the checkpoint, or None if it kept none."""
+    with skeleton.single_process():
+        return dist_checkpointing.load_common_state_dict(str(iteration_dir)).get("args")
 
 
 def export_checkpoint(

@@ -4,14 +4,13 @@ No GPU, no launcher and no model in memory: the skeleton says what goes where, t
 from file to file, at most 256 MiB at once.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.arguments import add_megatron_arguments
 
 from megatron_dft.hf import directory, skeleton
 from megatron_dft.hf.config import megatron_args
@@ -22,6 +21,7 @@ from megatron_dft.hf.consumption import (
     check_tied_copy,
     count,
 )
+from megatron_dft.hf.flags import megatron_parser
 from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.safetensors_io import Reader
@@ -102,9 +102,7 @@ def _import_box(box, checkpoint, reader, writer, progress, done: int, total: int
 
 def _common_state(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """What Megatron keeps beside the tensors; `args` is what --use-checkpoint-args reads."""
-    parser = ArgumentParser(allow_abbrev=False)
-    add_megatron_arguments(parser)
-    args = Namespace(**vars(parser.parse_args([])) | megatron_args(checkpoint))
+    args = Namespace(**vars(megatron_parser().parse_args([])) | megatron_args(checkpoint))
     args.hf_model, args.hf_revision = checkpoint.name, checkpoint.revision
     return {
         "args": args,

@@ -44,8 +44,8 @@ def single_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build(checkpoint: HFCheckpoint, padded_vocab_size: int | None = None) -> torch.nn.Module:
-    """The GPTModel of `checkpoint` on the meta device, one stage, not sharded."""
+def build(checkpoint: HFCheckpoint, device: str = "meta") -> torch.nn.Module:
+    """The GPTModel of `checkpoint`, one stage, not sharded, its vocabulary not padded."""
     a = megatron_args(checkpoint)
     config_class = MLATransformerConfig if a.get("multi_latent_attention") else TransformerConfig
     fields = config_class.__dataclass_fields__
@@ -65,7 +65,7 @@ def build(checkpoint: HFCheckpoint, padded_vocab_size: int | None = None) -> tor
     model_config = GPTModelConfig(
         transformer=transformer,
         transformer_layer_spec=layer_spec,
-        vocab_size=padded_vocab_size or a["vocab_size"],
+        vocab_size=a["vocab_size"],
         seq_length=a["max_position_embeddings"],
         position_embedding_type=a["position_embedding_type"],
         rotary_base=a["rotary_base"],
@@ -73,7 +73,7 @@ def build(checkpoint: HFCheckpoint, padded_vocab_size: int | None = None) -> tor
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
     )
     apply_to_model_config(model_config, checkpoint)
-    with torch.device("meta"):
+    with torch.device(device):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return GPTModelBuilder(model_config).build_model(groups)
 
@@ -89,6 +89,11 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         if getattr(mlp, "func", mlp) is MoELayer:
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
+
+
+def with_groups(content: dict[str, Any]) -> dict[str, Any]:
+    """`content_metadata` of a checkpoint as sharded_state_dict wants it."""
+    return {**content, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,7 @@ def walk(
 
     content: the `content_metadata` of the torch_dist checkpoint (see CONTENT).
     """
-    state = model.sharded_state_dict(
-        metadata={**content, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    )
+    state = model.sharded_state_dict(metadata=with_groups(content))
     apply_factories(state)
     by_storage = {_storage(s.parameter): s for s in shards([model], checkpoint)}
     boxes, objects = [], []
