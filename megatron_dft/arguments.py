@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from megatron_dft.hf.config import megatron_args
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.losses import registry
 from megatron_dft.losses.registry import Objective
+
+if TYPE_CHECKING:
+    from megatron_dft.reference_model import ReferenceModel
 
 # What the CPU lacks is switched off; the program is otherwise the same.
 CPU_DEFAULTS: dict[str, Any] = {
@@ -67,6 +70,9 @@ class Settings:
     objective: Objective
     checkpoint: HFCheckpoint | None
     vocab_size: int | None
+    # The base that the run is compared with, and its frozen model once it is built (model.py).
+    reference_checkpoint: HFCheckpoint | None = None
+    reference: "ReferenceModel | None" = None
 
 
 def wants_cpu(device: str) -> bool:
@@ -133,6 +139,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="compute the loss from the hidden states, never holding more than this many tokens' "
         "worth of logits; default: Megatron's own output layer and cross entropy",
     )
+    group.add_argument(
+        "--dft-reference-model",
+        metavar="DIR_OR_NAME",
+        help="frozen model for iw-sft, psft, asft and --kl-coeff, held in the same layout; "
+        "default: --hf-model",
+    )
+    group.add_argument(
+        "--kl-coeff",
+        type=float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="add LAMBDA · KL(reference ‖ model) over the vocabulary to any objective's token loss",
+    )
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
     _resolve(parser)
@@ -160,6 +179,20 @@ def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
         for action, default in kept:
             action.default = default
         parser._defaults = defaults
+
+
+def _reference(
+    args: argparse.Namespace, checkpoint: HFCheckpoint | None, objective: Objective
+) -> HFCheckpoint | None:
+    """The checkpoint of the frozen model, None where nothing is compared."""
+    if not (args.kl_coeff or checks.REFERENCE_STATISTICS & objective.needs):
+        return None
+    if args.dft_reference_model is None:
+        return checkpoint
+    reference = open_checkpoint(args.dft_reference_model, trust_remote_code=args.trust_remote_code)
+    assert checkpoint is not None
+    checks.same_architecture(checkpoint, reference)
+    return reference
 
 
 def _gpu_defaults() -> dict[str, Any]:
@@ -203,4 +236,4 @@ def _resolve(parser: argparse.ArgumentParser) -> None:
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)
-    _settings = Settings(objective, checkpoint, vocab_size)
+    _settings = Settings(objective, checkpoint, vocab_size, _reference(args, checkpoint, objective))

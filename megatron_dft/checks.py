@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.hf.config import megatron_args
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.logits_probe import VOCABULARY_STATISTICS
@@ -99,12 +100,44 @@ def check(
         )
 
 
+# Fields of TokenStats that come from a frozen reference model.
+REFERENCE_STATISTICS = frozenset(("reference_log_prob", "kl"))
+
+
+def same_architecture(checkpoint: HFCheckpoint, reference: HFCheckpoint) -> None:
+    """Raise ValueError unless the reference is built by the very flags of the trained model."""
+    mine, theirs = megatron_args(checkpoint), megatron_args(reference)
+    for dest in sorted(mine.keys() | theirs.keys()):
+        if mine.get(dest) != theirs.get(dest):
+            raise ValueError(
+                f"--dft-reference-model: expected {flag_of(dest)} {mine.get(dest)} as in "
+                f"{checkpoint.name}, got {theirs.get(dest)} in {reference.name}"
+            )
+
+
 def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
-    missing = sorted(objective.needs - set(VOCABULARY_STATISTICS))
-    if missing:
+    missing = sorted(objective.needs - set(VOCABULARY_STATISTICS) - REFERENCE_STATISTICS)
+    assert not missing, f"no source for {missing}"
+    compares = bool(args.kl_coeff) or bool(REFERENCE_STATISTICS & objective.needs)
+    if args.kl_coeff < 0:
+        raise ValueError(f"--kl-coeff: expected at least 0, got {args.kl_coeff}")
+    if args.kl_coeff and "kl" in objective.needs:
         raise ValueError(
-            f"--loss {objective.name}: needs {', '.join(missing)} of every token, which the "
-            "training loop does not compute yet; choose an objective without a reference"
+            f"--kl-coeff: --loss {objective.name} has the KL term already; use its own flag"
+        )
+    if args.dft_reference_model is not None and not compares:
+        raise ValueError(
+            f"--dft-reference-model: --loss {objective.name} compares with nothing; drop it, or "
+            "choose iw-sft, psft, asft or --kl-coeff"
+        )
+    if compares and _virtual_stages(args):
+        raise ValueError(
+            f"--loss {objective.name}: a reference model has not been proven under virtual "
+            "pipeline stages; drop --num-layers-per-virtual-pipeline-stage and its like"
+        )
+    if args.loss_chunk_size is not None and (args.kl_coeff or "kl" in objective.needs):
+        raise ValueError(
+            "--loss-chunk-size: the KL needs the whole distribution at once; drop the flag"
         )
     if args.loss_chunk_size is None:
         return
@@ -122,6 +155,17 @@ def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
         raise ValueError(
             "--cross-entropy-loss-fusion: has no effect under --loss-chunk-size; drop one of them"
         )
+
+
+def _virtual_stages(args: argparse.Namespace) -> bool:
+    return any(
+        value is not None
+        for value in (
+            args.num_layers_per_virtual_pipeline_stage,
+            args.num_virtual_stages_per_pipeline_rank,
+            args.pipeline_model_parallel_layout,
+        )
+    )
 
 
 def _check_sources(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:

@@ -27,6 +27,7 @@ from megatron_dft.chunked_head import output_processor
 from megatron_dft.context_parallel import token_indices
 from megatron_dft.losses import registry
 from megatron_dft.losses.token_stats import TokenStats
+from megatron_dft.losses.vocab_parallel import vocab_parallel_statistics
 from megatron_dft.report import loss_report
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
@@ -106,6 +107,8 @@ def _token_loss(
     objective = settings().objective if training else _PLAIN
     stats = TokenStats(log_prob=-cross_entropy, mask=batch["loss_mask"], **batch["stats"], **found)
     loss, weight = objective(stats)
+    if training and get_args().kl_coeff:
+        loss = loss + get_args().kl_coeff * torch.where(batch["loss_mask"].bool(), found["kl"], 0.0)
     return loss, cross_entropy, weight
 
 
@@ -136,6 +139,7 @@ def loss_func(
         weight,
         mask,
         correct,
+        found.get("kl"),
     )
     return loss, mask.sum().to(torch.int), report
 
@@ -155,6 +159,25 @@ def _stop_on_bad_loss(loss: Tensor) -> None:
         )
 
 
+def _run_reference(batch: dict[str, Any], packed: PackedSeqParams | None, model: Any) -> None:
+    """Let the frozen model see the micro-batch first; the last stage keeps what is compared."""
+    reference = settings().reference
+    assert reference is not None
+    if get_args().kl_coeff or "kl" in settings().objective.needs:
+        logits = reference(batch, packed)
+        if logits is not None:
+            model.dft_reference_logits = logits
+            if "reference_log_prob" in settings().objective.needs:
+                found = vocab_parallel_statistics(
+                    logits, batch["labels"], mpu.get_tensor_model_parallel_group()
+                )
+                batch["stats"]["reference_log_prob"] = found.log_prob
+        return
+    cross_entropy = reference(batch, packed, labels=batch["labels"])
+    if cross_entropy is not None:
+        batch["stats"]["reference_log_prob"] = -cross_entropy.float()
+
+
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk; the callback of Megatron's schedules."""
     timers = get_timers()
@@ -162,16 +185,19 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
     batch["stats"], batch["training"] = _token_stats(batch), model.training
+    packed = packed_seq_params(batch)
     route_2 = {}
     if get_args().loss_chunk_size is not None:
         route_2 = {"output_processor": output_processor, "output_processor_context": batch}
+    if model.training and settings().reference is not None:
+        _run_reference(batch, packed, unwrap_model(model))
     output_tensor = model(
         batch["tokens"],
         batch["position_ids"],
         None,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed,
         **route_2,
     )
     return output_tensor, partial(loss_func, batch, model=model)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dft.losses.registry import Objective
-from megatron_dft.losses.vocab_parallel import vocab_parallel_statistics
+from megatron_dft.losses.vocab_parallel import VocabStatistics, vocab_parallel_statistics
 
 # Fields of TokenStats that come from the whole distribution over the vocabulary.
 VOCABULARY_STATISTICS = ("entropy", "entropy_top20", "sum_sq_prob")
@@ -42,28 +42,46 @@ def first_choice(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Te
 def install(model: Any, objective: Objective) -> None:
     """Probe each micro-batch of a last stage's GPTModel; `take` returns what was found.
 
-    `dft_correct`: bool [b, s]; `dft_statistics`: name → fp32 [b, s], in training only.
+    In training with `model.dft_reference_logits` [b, s, V/tp] set, the cross entropy comes from the
+    same pass as the KL: Megatron's would overwrite the logits that the KL's backward needs.
     """
     model.dft_found = {}
+    model.dft_reference_logits = None
     plain = model.compute_language_model_loss
-    wanted = [name for name in VOCABULARY_STATISTICS if name in objective.needs]
+    wanted = {name: True for name in VOCABULARY_STATISTICS if name in objective.needs}
+
+    def statistics(labels: Tensor, logits: Tensor) -> VocabStatistics:
+        return vocab_parallel_statistics(
+            logits.transpose(0, 1),
+            labels,
+            model.pg_collection.tp,
+            reference_logits=model.dft_reference_logits,
+            **wanted,
+        )
 
     def compute_language_model_loss(labels: Tensor, logits: Tensor) -> Tensor:
-        group = model.pg_collection.tp
-        found: dict[str, Tensor] = {"correct": first_choice(logits, labels, group)}
-        if wanted and model.training:
+        found: dict[str, Tensor] = {"correct": first_choice(logits, labels, model.pg_collection.tp)}
+        cross_entropy = None
+        if model.training and model.dft_reference_logits is not None:
+            seen = statistics(labels, logits)
+            assert seen.kl is not None
+            found["kl"], cross_entropy = seen.kl, -seen.log_prob
+        elif model.training and wanted:
             with torch.no_grad():
-                statistics = vocab_parallel_statistics(
-                    logits.transpose(0, 1), labels, group, **dict.fromkeys(wanted, True)
-                )
-            found.update({name: getattr(statistics, name) for name in wanted})
+                seen = statistics(labels, logits)
+        if model.training:
+            found.update({name: getattr(seen, name) for name in wanted})
         model.dft_found = found
-        return plain(labels, logits)
+        return plain(labels, logits) if cross_entropy is None else cross_entropy
 
     model.compute_language_model_loss = compute_language_model_loss
 
 
 def take(model: Any) -> dict[str, Tensor]:
-    """What the probe found in the micro-batch that the model has just seen."""
+    """What was found in the micro-batch that the model has just seen.
+
+    `correct` bool [b, s], `kl` fp32 [b, s] with a gradient, and the objective's statistics.
+    """
     found, model.dft_found = model.dft_found, {}
+    model.dft_reference_logits = None
     return found

@@ -13,6 +13,7 @@ from megatron_dft.arguments import settings
 from megatron_dft.cpu.layers import layer_spec
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
+from megatron_dft.reference_model import ReferenceModel
 from megatron_dft.self_test import check_gradient, check_head_gradient
 
 
@@ -33,6 +34,8 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
 
     def before_wrapping(chunks: list[Any]) -> list[Any]:
         prepare(chunks, args)
+        if settings().reference_checkpoint is not None:
+            _build_reference(config, chunks)
         return chunks
 
     def after_wrapping(chunks: list[Any]) -> list[Any]:
@@ -42,6 +45,19 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     config.pre_wrap_hooks.append(before_wrapping)
     config.post_wrap_hooks.append(after_wrapping)
     return config
+
+
+def _build_reference(config: GPTModelConfig, chunks: list[Any]) -> None:
+    chosen = settings()
+    assert chosen.reference_checkpoint is not None and len(chunks) == 1
+    (chunk,) = chunks
+    builder = config.get_builder_cls()(config)
+    vocab_size = chosen.vocab_size or unwrap_model(chunk).vocab_size
+    chosen.reference = ReferenceModel(builder, chunk, chosen.reference_checkpoint, vocab_size)
+    print_rank_0(
+        f"> reference model {chosen.reference_checkpoint.name}: "
+        f"{chosen.reference.bytes / 2**20:,.1f} MiB of frozen weights on each rank like this one"
+    )
 
 
 def prepare(chunks: list[Any], args: Any) -> None:

@@ -26,6 +26,7 @@ def loss_report(
     weight: Tensor,
     mask: Tensor,
     correct: Tensor | None,
+    kl: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """name → fp32 [sum, count] of one micro-batch on one rank.
 
@@ -34,6 +35,7 @@ def loss_report(
         cross_entropy, token_loss, weight: fp32 [b, s]; garbage where `mask` is 0 is left out.
         mask: [b, s], 0 or 1.
         correct: bool [b, s], whether the target is the model's first choice; None if not known.
+        kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
     """
     supervised = mask.bool()
     ce = torch.where(supervised, cross_entropy, 0.0)
@@ -52,6 +54,8 @@ def loss_report(
     report["dft/mean-prob"] = entry(p.sum())
     if correct is not None:
         report["dft/token-accuracy"] = entry((correct & supervised).sum())
+    if kl is not None:
+        report["dft/kl"] = entry(torch.where(supervised, kl, 0.0).sum())
     if objective is not None:
         bins = (p * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
         shares = torch.zeros(HISTOGRAM_BINS, device=p.device)

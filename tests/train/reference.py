@@ -36,13 +36,32 @@ def dft_loss(logits, labels, mask):
     return (-(log_p.detach().exp()) * log_p * mask).sum()
 
 
-def train(model_directory, batches, loss=dft_loss, *, lr=1e-3, clip=1.0, normaliser=None):
+def asft_loss(logits, labels, mask, base_logits, kl_weight):
+    """DFT + λ·KL(π_base ‖ π_θ) over the whole vocabulary, summed over the supervised tokens."""
+    base, own = base_logits.log_softmax(-1), logits.log_softmax(-1)
+    kl = (base.exp() * (base - own)).sum(-1)
+    return dft_loss(logits, labels, mask) + kl_weight * (kl * mask).sum()
+
+
+def iw_sft_loss(logits, labels, mask, base_logits):
+    """−sg(clamp(π_θ/π_base, 0.2, 1.8))·log π_θ."""
+    log_p, log_q = (
+        x.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1) for x in (logits, base_logits)
+    )
+    weight = (log_p.detach() - log_q).exp().clamp(0.2, 1.8)
+    return (-weight * log_p * mask).sum()
+
+
+def train(
+    model_directory, batches, loss=dft_loss, *, lr=1e-3, clip=1.0, normaliser=None, base=False
+):
     """Losses (plain cross entropy a step) and the trained state dict.
 
     batches: per step, a list of (ids, trained) conversations. normaliser: None for the number of
-    supervised tokens, or a function of (Σp, number).
+    supervised tokens, or a function of (Σp, number). base: give the loss the base model's logits.
     """
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    frozen = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -61,7 +80,11 @@ def train(model_directory, batches, loss=dft_loss, *, lr=1e-3, clip=1.0, normali
             mask = torch.tensor(trained[1:], dtype=torch.float32)
             logits = model(tokens[None, :-1]).logits[0]
             labels = tokens[1:]
-            total = total + loss(logits, labels, mask)
+            compared = []
+            if base:
+                with torch.no_grad():
+                    compared = [frozen(tokens[None, :-1]).logits[0]]
+            total = total + loss(logits, labels, mask, *compared)
             ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * mask
             cross_entropy += float(ce.detach().sum())
             mass += float((torch.exp(-ce.detach()) * mask).sum())

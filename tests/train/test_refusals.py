@@ -61,6 +61,16 @@ CASES = {
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
     "a flag that Megatron refuses": (dict(lr_warmup_fraction=0.1, lr_warmup_iters=3), ["warmup"]),
     "evaluation without data": (dict(eval_iters=2), ["--eval-iters", "--valid-data"]),
+    "a reference for nothing": (
+        dict(dft_reference_model="x"),
+        ["--dft-reference-model", "--kl-coeff"],
+    ),
+    "KL twice": (dict(loss="asft", kl_coeff=0.1), ["--kl-coeff", "asft"]),
+    "KL without the distribution": (
+        dict(loss="asft", loss_chunk_size=16),
+        ["--loss-chunk-size", "KL"],
+    ),
+    "no chunk": (dict(loss_chunk_size=0), ["--loss-chunk-size", "at least 1"]),
     "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (
         dict(global_batch_size=7),
