@@ -69,7 +69,7 @@ class NumberCheck:
             )
             print(
                 f"{socket.gethostname()}: error: rank {dist.get_rank()}, step {step}: "
-                f"{self.found}; samples {samples} (numbers in the order of training); no weight was "
+                f"{self.found}; samples {samples} (in the order of training); no weight was "
                 "changed. Look at the rows, lower --lr, or train in fp32",
                 file=sys.stderr,
                 flush=True,

@@ -15,6 +15,7 @@ from megatron_dft.cluster import (
     exit_codes,
     manifest,
     numbers,
+    optimizer_resume,
     resume,
     status,
     stop,
@@ -92,6 +93,7 @@ def _install(run: _Run) -> stop.StopHandler:
     args = run.args
     handler = stop.install(args, args.stop_file)
     numbers.install(args)
+    optimizer_resume.install()
     if args.save is not None:
         commit.install(run.describe, args.keep_last)
 

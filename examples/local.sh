@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# A cluster configuration on this machine, without Slurm: all its GPUs, or CPU processes for a rehearsal.
+#
+#   TRAIN_DATA=train.jsonl bash examples/local.sh examples/configs/qwen2.5-math-1.5b.sh [FLAG…]
+#   TRAIN_DATA=train.jsonl PROCS_PER_NODE=4 MODEL=tiny bash examples/local.sh CONFIG --device cpu [FLAG…]
+#   bash examples/local.sh --dry-run CONFIG [FLAG…]
+#
+# FLAGs come after the configuration's: the last one of a kind counts. Ctrl-C stops at once; SIGUSR1 to a rank,
+# or `touch RUN_DIR/stop`, stops after the step with a checkpoint. The same command again goes on from there.
+set -euo pipefail
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+dry_run=0
+if [ "${1:-}" = --dry-run ]; then dry_run=1 && shift; fi
+config=${1:-}
+[ -f "$config" ] || die "expected a configuration such as examples/configs/qwen2.5-math-1.5b.sh, got '$config'"
+shift
+
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+export RUN_DIR=${RUN_DIR:-$home/runs/$(basename "$config" .sh)}
+# shellcheck source=examples/slurm/environment.sh
+. "$home/examples/slurm/environment.sh"
+TRAIN_ARGS=()
+# shellcheck source=/dev/null
+. "$config"
+[ ${#TRAIN_ARGS[@]} -gt 0 ] || die "$config: expected the array TRAIN_ARGS, got none"
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+procs=${PROCS_PER_NODE:-$gpus}
+[ "$procs" -gt 0 ] || die "no GPU here: add --device cpu and say how many ranks, PROCS_PER_NODE=4"
+
+command=(
+    "${PYTHON:-$home/.venv/bin/python}" -m torch.distributed.run --standalone --nproc-per-node "$procs"
+    -m megatron_dft.train --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints"
+    --save-hf "$RUN_DIR/hf" --overwrite --stop-file "$RUN_DIR/stop" "${TRAIN_ARGS[@]}" "$@"
+)
+if [ "$dry_run" = 1 ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+mkdir -p "$RUN_DIR"
+rm -f "$RUN_DIR/stop"
+printf '%q ' "${command[@]}" >"$RUN_DIR/command"
+cp "$config" "$RUN_DIR/config.sh"
+cd "$home"
+MEGATRON_DFT_STATUS=$RUN_DIR/status exec "${command[@]}"
