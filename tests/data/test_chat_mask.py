@@ -1,5 +1,6 @@
 """Masks against conversations written out by hand, for templates of every known kind."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -149,6 +150,34 @@ def test_newlines_that_would_merge_with_the_header_are_the_answers_own():
         chat("q"), add_generation_prompt=True, return_dict=False, tokenize=True
     )
     assert (flagged & ID_MASK)[: len(prompt)].tolist() == prompt
+
+
+def test_a_header_token_that_swallows_spaces_stays_out():
+    """Phi 3's own special tokens strip what follows them, the answer's first newline too."""
+    tokenizer = FAMILIES["phi3"].tokenizer()
+    spec = encoder_spec(tokenizer)
+    layout = json.loads(spec.tokenizer_json)
+    for token in layout["added_tokens"]:
+        token["rstrip"] = token["content"] in ("<|assistant|>", "<|end|>")
+    encoder = ChatEncoder(dataclasses.replace(spec, tokenizer_json=json.dumps(layout)))
+    (flagged,) = _encode(encoder, {"messages": chat("q", "\n answer", "r", "two")})
+    trained = tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
+    assert trained == "answer<|end|>two<|end|>"
+
+
+def test_a_mark_that_ends_inside_a_token_takes_it_as_transformers_does():
+    template = MARKED.replace("'<|im_end|>' }}{% endgen", "'<|im_end|>\n' }}{% endgen")
+    tokenizer, encoder = _marked(template)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    messages = chat("q", "a", "r", "b")
+    expected = tokenizer.apply_chat_template(
+        messages, return_assistant_tokens_mask=True, return_dict=True
+    )
+    (flagged,) = _encode(encoder, {"messages": messages})
+    assert "\n\n" in tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
+    mask = ((flagged & SUPERVISED) != 0).astype(int).tolist()
+    assert mask == expected["assistant_masks"][: len(flagged)]
+    assert not any(expected["assistant_masks"][len(flagged) :])
 
 
 @pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}])

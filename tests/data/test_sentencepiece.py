@@ -82,6 +82,28 @@ def test_masks_are_exact(models, kind):
     assert tokenizer.encode(text, add_special_tokens=False)[: len(ids)] == ids.tolist()
 
 
+def test_a_token_that_joins_header_and_answer_stays_out(models, tmp_path):
+    """Where a piece crosses the border, half of it is the header's: it must not train."""
+    tokenizer = load_tokenizer(models / "gemma.model", models / "gemma.jinja")
+    # A header that ends in the middle of a word: "…st" + "ed" is one piece or several.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<start_of_turn>' + m.role + ' st' + m.content }}"
+        "{{ '<end_of_turn>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>assistant st' }}{% endif %}"
+    )
+    encoder = ChatEncoder(encoder_spec(tokenizer))
+    (flagged,) = encoder.encode(
+        encoder.render(parse_row({"messages": chat("er", "ed and more")}, None))
+    )
+    ids, trained = flagged & ID_MASK, (flagged & SUPERVISED) != 0
+    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+    first = pieces[int(trained.argmax())]
+    before = pieces[int(trained.argmax()) - 1]
+    assert "st" in before and before.strip("▁") != "st", "the fixture must make them join"
+    assert not first.startswith("st")
+    assert tokenizer.decode(ids[trained]).endswith("more<end_of_turn>")
+
+
 def test_a_conversion_that_differs_is_refused(models, monkeypatch):
     monkeypatch.setattr(sentencepiece_model, "_merges", lambda proto: [])
     with pytest.raises(ValueError, match="llama.model': its conversion tokenises 'Hello world"):
