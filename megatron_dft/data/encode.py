@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dft.data.chat_mask import Rendered, TurnRenderer, special_tokens
+from megatron_dft.data.chat_mask import Rendered, TurnRenderer
 from megatron_dft.data.schema import Conversation
 from megatron_dft.data.spec import SUPERVISED, EncoderSpec
 
@@ -35,7 +35,6 @@ class ChatEncoder:
         self._tokenizer.no_padding()
         parts = json.dumps([layout.get("pre_tokenizer"), layout.get("decoder")])
         self._byte_level = '"ByteLevel"' in parts
-        self._special = frozenset(special_tokens(spec))
         self.renderer = TurnRenderer(spec)
 
     def render(self, conversation: Conversation) -> list[Rendered]:
@@ -70,12 +69,12 @@ class ChatEncoder:
         return ids[:last]
 
     def _straddles(self, encoding: Any, start: int, end: int) -> bool:
-        """Whether an ordinary token holds characters from both sides of a span's start."""
+        """Whether a token holds characters from both sides of a span's start.
+
+        An ordinary one that merged, or a special one that strips the spaces beside it.
+        """
         first = _token_from(encoding, start, end)
-        if first is None:
-            return False
-        begin, stop = encoding.token_to_chars(first)
-        return begin < start and encoding.tokens[first] not in self._special
+        return first is not None and encoding.token_to_chars(first)[0] < start
 
     def _flag_in_pieces(self, rendered: Rendered, cuts: Sequence[int]) -> np.ndarray:
         """Tokenises the text in pieces, so that none straddles a cut.

@@ -152,8 +152,8 @@ def test_newlines_that_would_merge_with_the_header_are_the_answers_own():
     assert (flagged & ID_MASK)[: len(prompt)].tolist() == prompt
 
 
-def test_a_header_token_that_swallows_spaces_stays_out():
-    """Phi 3's own special tokens strip what follows them, the answer's first newline too."""
+def test_a_header_token_that_swallows_spaces_leaves_the_answer_its_own():
+    """Phi 3's own special tokens strip the spaces behind them, the answer's first ones too."""
     tokenizer = FAMILIES["phi3"].tokenizer()
     spec = encoder_spec(tokenizer)
     layout = json.loads(spec.tokenizer_json)
@@ -162,7 +162,7 @@ def test_a_header_token_that_swallows_spaces_stays_out():
     encoder = ChatEncoder(dataclasses.replace(spec, tokenizer_json=json.dumps(layout)))
     (flagged,) = _encode(encoder, {"messages": chat("q", "\n answer", "r", "two")})
     trained = tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
-    assert trained == "answer<|end|>two<|end|>"
+    assert trained == "\n answer<|end|>two<|end|>"
 
 
 def test_a_mark_that_ends_inside_a_token_takes_it_as_transformers_does():
