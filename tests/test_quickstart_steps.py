@@ -21,7 +21,7 @@ case "$words" in
     *torch.distributed.run*)
         echo "train $(value --nproc-per-node) ${words##*--overwrite}" >> calls
         echo "a line of Megatron's log"
-        echo "step 1/60 | lm loss 1.0"
+        echo "step 1/80 | lm loss 1.0"
         [ ! -e broken ] || { echo "host: error: --lr: broken"; exit 2; }
         mkdir -p "$(value --save-hf)" ;;
     *table.py*) echo "THE TABLE" ;;
@@ -71,7 +71,7 @@ def test_a_finished_run_is_kept_and_its_table_shown_again(checkout):
     result, calls = checkout.run()
     assert result.returncode == 0, result.stderr
     assert calls == ["model", BEFORE, "train 3  --device cpu", AFTER]
-    assert "step 1/60" in result.stdout and "THE TABLE" in result.stdout
+    assert "step 1/80" in result.stdout and "THE TABLE" in result.stdout
     assert "a line of" not in result.stdout
     again, calls = checkout.run()
     assert again.returncode == 0 and calls == ["model"]

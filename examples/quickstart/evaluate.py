@@ -2,11 +2,14 @@
 
     python examples/quickstart/evaluate.py --model DIR --data held_out.jsonl --out scores.json
 
-Greedy decoding on CPU in fp32; prompt and decoding are the same for every model that is scored.
+Greedy decoding on CPU in fp32; prompt and decoding are the same for every model that is scored. All
+replies are kept in the file.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +17,9 @@ import torch
 from arithmetic import extract_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+# What the workers inherit by fork: model, tokenizer, batch size, longest reply.
+_inherited: tuple = ()
 
 
 def read_messages(path: Path) -> list[list[dict[str, str]]]:
@@ -39,7 +45,6 @@ def replies(model, tokenizer, prompts: list[list[int]], batch_size: int, most: i
     """The greedy reply to each prompt of token ids, at most `most` tokens, ended by EOS."""
     texts: list[str] = []
     for batch in batches(prompts, batch_size):
-        print(f"  replies: {len(texts)} of {len(prompts)}", flush=True)
         ids, mask = left_pad(batch, tokenizer.pad_token_id)
         out = model.generate(
             input_ids=ids,
@@ -76,12 +81,10 @@ def solution_nll(model, tokenizer, prompts, solutions, batch_size: int) -> torch
     return torch.cat(nll)
 
 
-def evaluate(model_dir: str, data: Path, batch_size: int, max_new_tokens: int) -> dict:
-    """Scores of one checkpoint; `samples` holds the first question with the reply."""
-    start = time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    rows = read_messages(data)
+def _score_part(rows: list[list[dict[str, str]]]) -> tuple[list[str], torch.Tensor]:
+    """Replies and −log p for a part of the problems, in a forked worker."""
+    torch.set_num_threads(1)
+    model, tokenizer, batch_size, most = _inherited
     prompts = [
         tokenizer.apply_chat_template(
             row[:-1], tokenize=True, add_generation_prompt=True, return_dict=False
@@ -93,7 +96,25 @@ def evaluate(model_dir: str, data: Path, batch_size: int, max_new_tokens: int) -
         for row in rows
     ]
     nll = solution_nll(model, tokenizer, prompts, solutions, batch_size)
-    texts = replies(model, tokenizer, prompts, batch_size, max_new_tokens)
+    return replies(model, tokenizer, prompts, batch_size, most), nll
+
+
+def evaluate(model_dir: str, data: Path, batch_size: int, most: int, workers: int) -> dict:
+    """Scores of one checkpoint; `samples` holds the first questions with the replies."""
+    global _inherited
+    start = time.monotonic()
+    # Processes of one thread share out the problems: a decoding step is too small for two threads.
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    _inherited = (model, tokenizer, batch_size, most)
+    rows = read_messages(data)
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        parts = pool.map(_score_part, [rows[i::workers] for i in range(workers)], chunksize=1)
+    texts: list[str] = [""] * len(rows)
+    for i, (part, _) in enumerate(parts):
+        texts[i::workers] = part
+    nll = torch.cat([part for _, part in parts])
     wanted = [extract_answer(row[-1]["content"]) for row in rows]
     right = sum(extract_answer(text) == answer for text, answer in zip(texts, wanted, strict=True))
     return {
@@ -106,8 +127,8 @@ def evaluate(model_dir: str, data: Path, batch_size: int, max_new_tokens: int) -
         "solution_tokens": nll.numel(),
         "seconds": time.monotonic() - start,
         "samples": [
-            {"question": row[1]["content"], "solution": row[-1]["content"], "reply": text}
-            for row, text in list(zip(rows, texts, strict=True))[:4]
+            {"question": row[-2]["content"], "solution": row[-1]["content"], "reply": text}
+            for row, text in zip(rows, texts, strict=True)
         ],
     }
 
@@ -117,12 +138,14 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory of the HF checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="held-out `messages` JSONL")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
-    parser.add_argument("--batch-size", type=int, default=50, help="problems in one batch")
+    parser.add_argument("--batch-size", type=int, default=75, help="problems in one batch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest reply, in tokens")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    scores = evaluate(args.model, args.data, args.batch_size, args.max_new_tokens)
+    scores = evaluate(
+        args.model, args.data, args.batch_size, args.max_new_tokens, os.cpu_count() or 1
+    )
     partial = args.out.with_suffix(".part")
     partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
     partial.replace(args.out)
