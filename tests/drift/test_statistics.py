@@ -213,3 +213,32 @@ def test_spectrum_error_is_not_idle():
     got = spectrum(delta, float((delta.double() ** 2).sum()))
     assert 0 < got.error < 0.3 * got.sigma1
     assert math.isfinite(got.error)
+
+
+def test_rows_that_blocks_cut(tmp_path):
+    """A row's norm is right where one block ends and the next begins in it."""
+    g = torch.Generator().manual_seed(3)
+    rows, columns = 3000, 51
+    assert BLOCK % columns and rows * columns > BLOCK
+    base = {"model.embed_tokens.weight": torch.randn(rows, columns, generator=g)}
+    tuned = perturbed(base)
+    cut = BLOCK // columns
+    tuned["model.embed_tokens.weight"][[cut - 1, cut, cut + 1]] += 5.0
+    got = report(
+        write(tmp_path / "a", base), write(tmp_path / "b", tuned), write(tmp_path / "c", tuned)
+    )
+    b, t = (x["model.embed_tokens.weight"].double() for x in (base, tuned))
+    for method in ("m0", "m1"):
+        top = got["methods"][method]["tokens"]["model.embed_tokens.weight"]["top"]
+        assert {r["id"] for r in top[:3]} == {cut - 1, cut, cut + 1}
+        for row in top:
+            norm = (t - b)[row["id"]].norm()
+            assert row["norm"] == pytest.approx(float(norm), rel=1e-5)
+            assert row["relative"] == pytest.approx(float(norm / b[row["id"]].norm()), rel=1e-5)
+
+
+def test_float64_updates_below_float32_resolution(tmp_path):
+    base = {"w": torch.ones(10, 10, dtype=torch.float64)}
+    tuned = {"w": base["w"] + 1e-12}
+    got = report(write(tmp_path / "a", base), write(tmp_path / "b", tuned))
+    assert got["methods"]["m0"]["model"]["update_norm"] == pytest.approx(1e-11, rel=1e-3)
