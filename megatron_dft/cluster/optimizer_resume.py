@@ -5,7 +5,8 @@ megatron-core 0.19.2, core/optimizer/distrib_optimizer.py, three faults:
 - `state_dict`, which loading calls on the fresh optimizer, asserts that Adam has counted its steps:
   no run with --use-distributed-optimizer could be resumed.
 - `load_state_dict` gives all parameters one and the same tensor to count in, so a step after the
-  resume would count once for each parameter: a wrong bias correction, without a word.
+  resume would count once for each parameter, and then copies the fresh optimizer's 0 over it: a
+  wrong bias correction, without a word. The true count lies in the parameter groups.
 - In fp32 it copies into views of the parameters themselves, which autograd refuses.
 """
 
@@ -38,8 +39,11 @@ def install() -> None:
         def load_state_dict(self, state):
             with torch.no_grad():
                 original(self, state)
+            counts = {float(group["step"]) for group in state["optimizer"]["param_groups"]}
+            assert len(counts) == 1, f"parameter groups at different steps: {counts}"
+            count = counts.pop()
             for entry in self.optimizer.state.values():
-                entry["step"] = entry["step"].clone()
+                entry["step"] = torch.tensor(count)
 
         return load_state_dict
 

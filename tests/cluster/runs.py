@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 
 
 class Ended:
-    """How a run ended on each rank: exit statuses, figures of each step, the status word, stderr."""
+    """How a run ended on each rank: statuses, figures of each step, the status word, its output."""
 
     def __init__(self, results: list[Any], status: Path) -> None:
         self.codes = [code for code, _, _ in results]

@@ -14,6 +14,10 @@ LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {"use_distributed_optimizer": True}),
+    "dp2-reshardable": (
+        2,
+        {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True},
+    ),
 }
 
 
