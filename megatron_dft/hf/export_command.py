@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.hf.import_command import add_source_arguments
+from megatron_dft.hf.quiet import quiet
 from megatron_dft.hf.source import open_checkpoint
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    quiet()
     import torch
 
     from megatron_dft.hf.card import model_card

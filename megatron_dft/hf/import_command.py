@@ -4,6 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from megatron_dft.hf.quiet import quiet
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 
 SUMMARY = "Hugging Face checkpoint -> torch_dist, on CPU, without holding the model"
@@ -33,6 +34,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    quiet()
     checkpoint = open_checkpoint(args.hf_model, args.hf_revision, args.trust_remote_code)
     # Megatron takes 10 s to import: a bad checkpoint is refused before.
     from megatron_dft.hf.convert_import import import_checkpoint

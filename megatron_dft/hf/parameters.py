@@ -130,8 +130,14 @@ def _dimensions(config: TransformerConfig, checkpoint: HFCheckpoint) -> Dimensio
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and the one buffer that checkpoints carry: the router's selection bias."""
-    yield from model.named_parameters()
+    """Parameters, and the one buffer that checkpoints carry: the router's selection bias.
+
+    Multi-token prediction heads are in no checkpoint of these families: they start from Megatron's
+    initialisation and stay out of the export.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.startswith("mtp."):
+            yield name, parameter
     for name, buffer in model.named_buffers():
         if name.endswith(".router.expert_bias"):
             yield name, buffer

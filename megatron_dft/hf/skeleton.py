@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import _apply_yarn_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
@@ -73,9 +74,20 @@ def build(checkpoint: HFCheckpoint, device: str = "meta") -> torch.nn.Module:
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
     )
     apply_to_model_config(model_config, checkpoint)
-    with torch.device(device):
+    with torch.device(device), _tables_on(device):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return GPTModelBuilder(model_config).build_model(groups)
+
+
+@contextlib.contextmanager
+def _tables_on(device: str) -> Iterator[None]:
+    """Megatron puts rotary tables on torch.cuda.current_device(); here no GPU is needed."""
+    original = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device(device)
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = original
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
@@ -88,7 +100,20 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         mlp = layer.submodules.mlp
         if getattr(mlp, "func", mlp) is MoELayer:
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        attention = layer.submodules.self_attention.submodules
+        if attention.core_attention is DotProductAttention and config.multi_latent_attention:
+            attention.core_attention = _NoAttention
     return spec
+
+
+class _NoAttention(torch.nn.Module):
+    """Stands in for the local core attention, which cannot be built for latent attention.
+
+    It has no parameters either way; a skeleton computes nothing.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
 
 
 def with_groups(content: dict[str, Any]) -> dict[str, Any]:

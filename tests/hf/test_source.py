@@ -236,7 +236,7 @@ def test_writer_is_read_by_safetensors(tmp_path):
 
 def test_writer_refuses_an_incomplete_file(tmp_path):
     writer = Writer(tmp_path / "x.safetensors", {"a": ((2,), torch.float32)})
-    with pytest.raises(ValueError, match="12 bytes where 8"):
+    with pytest.raises(ValueError, match="12 bytes to write where 8"):
         writer.write("a", torch.zeros(3))
     with pytest.raises(ValueError, match="not written, or not once: .'a'"):
         writer.close()
