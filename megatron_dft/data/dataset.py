@@ -119,13 +119,17 @@ def build_dataset(
     if overlong not in OVERLONG:
         raise ValueError(f"--overlong {overlong!r}: expected one of {', '.join(OVERLONG)}")
     parsed = parse_sources(sources, flag)
+    weights = [s.weight for s in parsed if s.weight is not None] or None
+    if weights and not shuffle:
+        raise ValueError(
+            f"{flag}: weights mean nothing here, where each conversation is read once; drop them"
+        )
     spec = encoder_spec(
         tokenizer, template_args=template_args, template_date=template_date, rewrites=rewrites
     )
     options = PrepareOptions(data_format, errors, max_bad_rows, cache_dir, workers, progress)
     stores = prepare(parsed, spec, options)
     conversations = Conversations(stores, seq_length, overlong)
-    weights = [s.weight for s in parsed if s.weight is not None] or None
     granularity = pack_granularity(pad_multiple) if packing else 1
     identity = {
         "sources": [s.meta["parts"] for s in stores],

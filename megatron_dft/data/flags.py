@@ -15,6 +15,8 @@ from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.schema import FORMATS
 from megatron_dft.data.spec import REWRITES
 
+DEFAULT_MAX_BAD_ROWS = 0.001
+
 
 def add_arguments(group: Any) -> None:
     """Adds the data flags to an argparse parser or group (shared by train and inspect-data)."""
@@ -93,7 +95,7 @@ def add_arguments(group: Any) -> None:
     add(
         "--max-bad-rows",
         type=_max_bad_rows,
-        default=0.001,
+        default=None,
         metavar="N",
         help="with --data-errors skip: how many rows may be bad, as a share of all below 1 "
         "(default 0.001), as a count from 1 on",
@@ -124,12 +126,20 @@ def cache_directory(args: argparse.Namespace) -> Path:
 
 
 def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that train and validation data share, as keywords of dataset.build_dataset."""
+    """The flags that train and validation data share, as keywords of dataset.build_dataset.
+
+    Raises ValueError for flags that contradict each other.
+    """
+    if args.max_bad_rows is not None and args.data_errors == "strict":
+        raise ValueError(
+            f"--max-bad-rows {args.max_bad_rows:g} has no meaning with --data-errors strict, which "
+            "allows none; give --data-errors skip, or drop it"
+        )
     return dict(
         packing=not args.no_packing,
         overlong=args.overlong,
         errors=args.data_errors,
-        max_bad_rows=args.max_bad_rows,
+        max_bad_rows=DEFAULT_MAX_BAD_ROWS if args.max_bad_rows is None else args.max_bad_rows,
         cache_dir=cache_directory(args),
         data_format=args.data_format,
         template_args=args.chat_template_args,

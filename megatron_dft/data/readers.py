@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from megatron_dft.data.json_array import iterate_array
+from megatron_dft.data.schema import RowError
 from megatron_dft.data.sources import PARQUET, Source
 
 # A longer line is no conversation (16 MiB of text is four million tokens): it is skipped unread.
@@ -28,10 +30,10 @@ class Unreadable:
 
 @dataclass
 class RowBatch:
-    """Raw rows of one file. rows: bytes (a JSON line), Unreadable, or a decoded object (Parquet).
+    """Raw rows of one file. rows: bytes (a JSON line), Unreadable, or a decoded object.
 
-    numbers: each row's line or row number, 1-based; file: index among the source's files; size:
-    bytes of the file (as stored, maybe compressed) that were read for it.
+    numbers: each row's line, element or row number, 1-based; file: index among the source's files;
+    size: bytes of the file (as stored, maybe compressed) that were read for it.
     """
 
     file: int
@@ -49,7 +51,7 @@ def read_batches(source: Source) -> Iterator[RowBatch]:
         yield from _read_datasets(source)
         return
     for index, path in enumerate(source.paths):
-        read = _read_parquet if path.endswith(PARQUET) else _read_json_lines
+        read = _read_parquet if path.endswith(PARQUET) else _read_json
         rows = 0
         for batch in read(path, index):
             rows += len(batch.rows)
@@ -58,36 +60,54 @@ def read_batches(source: Source) -> Iterator[RowBatch]:
             raise ValueError(f"{path}: the file holds no rows")
 
 
-def _read_json_lines(path: str, index: int) -> Iterator[RowBatch]:
+def _read_json(path: str, index: int) -> Iterator[RowBatch]:
+    """JSON lines, or one JSON array (told by its first character)."""
     with open(path, "rb") as raw:
-        number, seen = 0, 0
-        batch, size = RowBatch(index, [], []), 0
+        row = 0
         try:
             stream = _decompressed(raw, path)
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                row: Any = line
-                if len(line) > MAX_LINE_BYTES:
-                    _skip_line(stream)
-                    row = Unreadable(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
-                elif number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    row = line[3:]
-                if isinstance(row, bytes) and not row.strip():
-                    continue
-                batch.numbers.append(number)
-                batch.rows.append(row)
-                size += len(line)
+            head = stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            rows = _array_rows(stream) if head.startswith(b"[") else _line_rows(stream)
+            batch, size, seen = RowBatch(index, [], []), 0, 0
+            for row, value, length in rows:
+                batch.numbers.append(row)
+                batch.rows.append(value)
+                size += length
                 if size >= BATCH_BYTES or len(batch.rows) >= BATCH_ROWS:
                     batch.size, seen = raw.tell() - seen, raw.tell()
                     yield batch
                     batch, size = RowBatch(index, [], []), 0
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
-                f"{path}:{number + 1}: the compressed file is truncated or damaged: {error}"
+                f"{path}:{row + 1}: the compressed file is truncated or damaged: {error}"
             ) from None
+        except RowError as error:
+            raise ValueError(f"{path}: element {row + 1} of the array: {error}") from None
         if batch.rows:
             batch.size = raw.tell() - seen
             yield batch
+
+
+def _line_rows(stream: Any) -> Iterator[tuple[int, Any, int]]:
+    """(line number, line, bytes) of every line that is not blank."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            _skip_line(stream)
+            yield number, Unreadable(f"a line of more than {MAX_LINE_BYTES >> 20} MiB"), 0
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line, len(line)
+
+
+def _array_rows(stream: Any) -> Iterator[tuple[int, Any, int]]:
+    """(element number, decoded element, its share of a batch) of a JSON array."""
+    share = BATCH_BYTES // BATCH_ROWS
+    for number, element in enumerate(iterate_array(stream, MAX_LINE_BYTES), 1):
+        yield number, element, share
 
 
 def _skip_line(stream: Any) -> None:
@@ -97,7 +117,7 @@ def _skip_line(stream: Any) -> None:
 
 def _decompressed(raw: BinaryIO, path: str) -> Any:
     if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), buffer_size=1 << 16)
     if path.endswith(".zst"):
         return io.BufferedReader(_ZstdReader(raw), buffer_size=1 << 20)
     return raw

@@ -118,6 +118,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer):
         _unpacked(path, tokenizer, overlong="cut")
     with pytest.raises(ValueError, match="a.jsonl:1, takes .* raise --seq-length"):
         _unpacked(path, tokenizer, seq_length=4)
+    with pytest.raises(ValueError, match="weights mean nothing here"):
+        _unpacked(f"2:{path}", tokenizer, shuffle=False)
     with pytest.raises(ValueError, match="nothere.jsonl' does not exist"):
         _unpacked(tmp_path / "nothere.jsonl", tokenizer)
 

@@ -64,6 +64,11 @@ def test_values_that_mean_nothing_are_refused(words, fault):
         _parse(*words)
 
 
+def test_a_limit_without_skip_is_refused():
+    with pytest.raises(ValueError, match="--max-bad-rows 3 has no meaning with --data-errors str"):
+        flags.dataset_options(_parse("--max-bad-rows", "3"))
+
+
 def test_a_parser_that_knows_chat_template_keeps_its_own():
     parser = argparse.ArgumentParser()
     parser.add_argument("--chat-template", default="mine")

@@ -166,6 +166,9 @@ def _write(kind, directory, rows):
         half = len(raw) // 2  # two frames, as appending tools write them
         compress = zstandard.ZstdCompressor().compress
         path.write_bytes(compress(raw[:half]) + compress(raw[half:]))
+    elif kind in ("json", "json.gz"):
+        text = json.dumps(rows, indent=1, ensure_ascii=False).encode()
+        path.write_bytes(gzip.compress(text) if kind == "json.gz" else text)
     elif kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif kind == "saved":
@@ -181,7 +184,17 @@ def _write(kind, directory, rows):
     return str(path)
 
 
-KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "saved", "saved splits", "directory"]
+KINDS = [
+    "json",
+    "json.gz",
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.zst",
+    "parquet",
+    "saved",
+    "saved splits",
+    "directory",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +221,44 @@ def test_a_truncated_file_is_refused_whatever_the_mode(tmp_path, tokenizer, kind
             _prepare(path, tokenizer, errors=errors, max_bad_rows=0.5, cache_dir=tmp_path / "c")
         assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
     assert not list((tmp_path / "c" / "tokens").glob("*/meta.json"))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk, indent):
+    monkeypatch.setattr("megatron_dft.data.json_array._READ_BYTES", chunk)
+    rows = [{"a": ["é🙂", 1.5e3, -12, True, None]}, {}, {"b": "]},[{"}, 12345]
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n")
+    (batch,) = read_batches(parse_sources([path])[0])
+    assert batch.rows == rows and batch.numbers == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ('[{"a": 1}, {"b": ', "element 2 of the array: not JSON"),
+        ('[{"a": 1} {"b": 2}]', "element 2 of the array: a JSON array needs , or ] behind"),
+        ('[{"a": 1}, {"b": NaN}]', "element 2 of the array: it holds NaN"),
+        ('[{"a": 1}', "element 2 of the array: a JSON array needs"),
+        ("[]", "the file holds no rows"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_broken_array_is_refused(tmp_path, text, fault):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        list(read_batches(parse_sources([tmp_path / "a.json"])[0]))
+    assert fault in str(caught.value) and str(caught.value).startswith(f"{tmp_path}/a.json: ")
+
+
+def test_a_bad_element_of_an_array_is_a_bad_row(tmp_path, tokenizer):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([ROWS[0], {"messages": chat("no answer")}, 3]))
+    with pytest.raises(ValueError, match="a.json:2: it has no assistant turn"):
+        _prepare(str(path), tokenizer)
+    store = _prepare(str(path), tokenizer, errors="skip", max_bad_rows=2)
+    assert len(store) == 1 and store.meta["counts"]["bad_rows"] == 2
 
 
 def test_what_is_not_compressed_is_named(tmp_path, tokenizer):
