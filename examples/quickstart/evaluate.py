@@ -10,7 +10,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -109,8 +112,9 @@ def evaluate(model_dir: str, data: Path, batch_size: int, most: int, workers: in
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     _inherited = (model, tokenizer, batch_size, most)
     rows = read_messages(data)
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = pool.map(_score_part, [rows[i::workers] for i in range(workers)], chunksize=1)
+    # Unlike multiprocessing's own pool, this one fails where a worker is killed for memory.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        parts = list(pool.map(_score_part, [rows[i::workers] for i in range(workers)]))
     texts: list[str] = [""] * len(rows)
     for i, (part, _) in enumerate(parts):
         texts[i::workers] = part
@@ -138,14 +142,19 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="directory of the HF checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="held-out `messages` JSONL")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
-    parser.add_argument("--batch-size", type=int, default=75, help="problems in one batch")
+    parser.add_argument("--batch-size", type=int, default=38, help="problems in one batch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest reply, in tokens")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    scores = evaluate(
-        args.model, args.data, args.batch_size, args.max_new_tokens, os.cpu_count() or 1
-    )
+    workers = min(os.cpu_count() or 1, 8)
+    try:
+        scores = evaluate(args.model, args.data, args.batch_size, args.max_new_tokens, workers)
+    except BrokenProcessPool:
+        sys.exit(
+            f"error: one of {workers} scoring processes was killed, most likely for memory "
+            f"(each takes about 1.5 GiB); lower --batch-size {args.batch_size}"
+        )
     partial = args.out.with_suffix(".part")
     partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
     partial.replace(args.out)
