@@ -88,6 +88,8 @@ class VocabParallelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_TV: Tensor, target_T: Tensor, reference_TV: Tensor | None, call: Call):
+        # A statistic used as a constant then has no gradient, rather than one of zeros.
+        ctx.set_materialize_grads(False)
         rows = _Rows(target_T != call.ignore_index, call.chunk_bytes)
         target = rows.of(target_T)
         local = logits_TV.new_empty(call.want.count, len(target), dtype=statistics_dtype(logits_TV))
