@@ -5,10 +5,12 @@ them once hands out ranks by fork; it has never run autograd, so the children ma
 itself would leave torch's autograd engine unusable in the child).
 """
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -30,6 +32,8 @@ def free_port() -> int:
 
 
 def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
+    # A group of its own, so that helpers it has started (Megatron's checkpoint writers) end with it.
+    os.setpgid(0, 0)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
