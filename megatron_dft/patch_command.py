@@ -96,9 +96,10 @@ def read_patches() -> list[Patch]:
     for directory in DIRECTORIES:
         if found := sorted(directory.glob("*.diff")):
             return [read_patch(path) for path in found]
+    places = " or ".join(str(directory) for directory in DIRECTORIES)
     raise ValueError(
-        f"patches: expected diffs in {DIRECTORIES[0]} or {DIRECTORIES[1]}, got none; run the "
-        "command from a source tree of megatron_dft"
+        f"patches: expected diffs in {places}, got none; run the command from a source tree of "
+        "megatron_dft"
     )
 
 
@@ -202,5 +203,5 @@ def run(args: argparse.Namespace) -> int:
             if not applied:
                 replace_file(script, patch.apply(content))
             print(f"{script}: {name} {'was applied before' if applied else 'applied'}")
-            print(f"torchrun ... {script} --loss dft; --help lists the objectives")
+            print(f"torchrun ... {script} --loss dft; the objectives: patches/README.md")
     return 0
