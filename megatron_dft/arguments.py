@@ -140,6 +140,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "worth of logits; default: Megatron's own output layer and cross entropy",
     )
     group.add_argument(
+        "--dft-mtp",
+        action="store_true",
+        help="let the objective weigh the losses of multi-token prediction heads too; they start "
+        "from random weights and are not exported",
+    )
+    group.add_argument(
         "--dft-reference-model",
         metavar="DIR_OR_NAME",
         help="frozen model for iw-sft, psft, asft and --kl-coeff, held in the same layout; "
@@ -221,8 +227,8 @@ def _resolve(parser: argparse.ArgumentParser) -> None:
         checks.no_contradiction(parser, given, model, given["hf_model"])
         vocab_size = model["vocab_size"]
         defaults.update(model)
-        # Every weight is read from the files.
-        defaults["perform_initialization"] = False
+        # Every weight is read from the files, but those of multi-token prediction heads.
+        defaults["perform_initialization"] = bool(given.get("mtp_num_layers"))
     # The device was chosen before Megatron was imported; torch now answers as that device would.
     defaults.update(CPU_DEFAULTS if runtime.is_active() else _gpu_defaults())
     # set_defaults accepts any name: one that this release does not know would be lost in silence.

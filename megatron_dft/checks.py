@@ -23,7 +23,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "logits_load_dir": ("given", "replaces the loss by distillation; drop it or use --loss sft"),
     "logits_save_dir": ("given", "is for distillation teachers; run it with stock Megatron-LM"),
     "hybrid_layer_pattern": ("given", "hybrid models have not been proven here; use a GPT model"),
-    "mtp_num_layers": ("given", "multi-token prediction has not been proven here; drop it"),
     "overlap_moe_expert_parallel_comm": (
         True,
         "takes a schedule that bypasses the model's loss; drop the flag",
@@ -130,6 +129,7 @@ def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
             f"--dft-reference-model: --loss {objective.name} compares with nothing; drop it, or "
             "choose iw-sft, psft, asft or --kl-coeff"
         )
+    _check_mtp(args, objective, compares)
     if compares and _virtual_stages(args):
         raise ValueError(
             f"--loss {objective.name}: a reference model has not been proven under virtual "
@@ -154,6 +154,28 @@ def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
     if args.cross_entropy_loss_fusion:
         raise ValueError(
             "--cross-entropy-loss-fusion: has no effect under --loss-chunk-size; drop one of them"
+        )
+
+
+def _check_mtp(args: argparse.Namespace, objective: Objective, compares: bool) -> None:
+    if not args.mtp_num_layers:
+        if args.dft_mtp:
+            raise ValueError("--dft-mtp: expected --mtp-num-layers beside it, got none")
+        return
+    for dest in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, dest) > 1:
+            raise ValueError(
+                f"{flag_of(dest)}: with --mtp-num-layers only 1 has been proven, "
+                f"got {getattr(args, dest)}; drop one of the two"
+            )
+    if compares:
+        raise ValueError(
+            "--mtp-num-layers: has not been proven with a reference model; drop the flag"
+        )
+    if args.dft_mtp and (objective.needs or not objective.per_token):
+        raise ValueError(
+            f"--dft-mtp: expected an objective that looks at p of single tokens, got --loss "
+            f"{objective.name}; drop the flag to weigh the main head alone"
         )
 
 

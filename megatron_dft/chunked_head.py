@@ -33,8 +33,9 @@ def output_processor(
         hidden_states: [s, b, h] per rank (s/tp under sequence parallelism).
         output_layer: Megatron's ColumnParallelLinear; its own weight where embeddings are untied.
         output_weight: the tied embedding [V/tp, h], or None.
-        labels: int64 [b, s]. context: the micro-batch of `forward_step.get_batch`, which gets
-            `cross_entropy` and `token_weight`, fp32 [b, s]; `training` says whether to weigh.
+        labels: int64 [b, s].
+        context: the micro-batch of `forward_step.get_batch`; its `training` says whether to weigh.
+            It gets `cross_entropy` and `token_weight`, fp32 [b, s], and `correct`, bool [b, s].
     """
     out = linear_head_loss(
         hidden_states,
@@ -49,4 +50,5 @@ def output_processor(
         stats=context["stats"] if context["training"] else None,
     )
     context["cross_entropy"], context["token_weight"] = -out.log_prob, out.weight
+    context["correct"] = out.is_top1
     return out.loss

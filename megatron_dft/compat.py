@@ -71,6 +71,24 @@ def after_training_step(callback: Callable[[list[Any], int], None]) -> None:
     _replace("megatron.training.training", "post_training_step_callbacks", make)
 
 
+def separate_mtp_losses() -> None:
+    """Let a model's loss function have a version of its own for multi-token prediction heads.
+
+    Megatron computes their losses by the main head's `compute_language_model_loss`; where that has
+    an attribute `for_mtp`, they take it instead.
+    """
+
+    def make(original):
+        def process_mtp_loss(*args, **kwargs):
+            loss = kwargs["compute_language_model_loss"]
+            kwargs["compute_language_model_loss"] = getattr(loss, "for_mtp", loss)
+            return original(*args, **kwargs)
+
+        return process_mtp_loss
+
+    _replace("megatron.core.models.gpt.gpt_model", "process_mtp_loss", make)
+
+
 def sync_parameters(model: list[Any], args: Any) -> None:
     """Finish the distributed optimizer's overlapped parameter gather: weights will be read."""
     from megatron.training import training

@@ -127,7 +127,7 @@ def loss_func(
     forward_step_calc_loss): loss, int32 token count, name → [sum, count].
     """
     found = logits_probe.take(unwrap_model(model))
-    correct = found.pop("correct", None)
+    correct = batch.get("correct", found.pop("correct", None))
     mask = batch["loss_mask"]
     token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, model.training, found)
     loss = token_loss.sum()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dft.losses.registry import Objective
+from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_parallel import VocabStatistics, vocab_parallel_statistics
 
 # Fields of TokenStats that come from the whole distribution over the vocabulary.
@@ -39,7 +40,7 @@ def first_choice(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Te
     return (of_target >= largest).transpose(0, 1)
 
 
-def install(model: Any, objective: Objective) -> None:
+def install(model: Any, objective: Objective, weigh_mtp: bool = False) -> None:
     """Probe each micro-batch of a last stage's GPTModel; `take` returns what was found.
 
     In training with `model.dft_reference_logits` [b, s, V/tp] set, the cross entropy comes from the
@@ -74,6 +75,13 @@ def install(model: Any, objective: Objective) -> None:
         model.dft_found = found
         return plain(labels, logits) if cross_entropy is None else cross_entropy
 
+    def mtp_loss(labels: Tensor, logits: Tensor) -> Tensor:
+        cross_entropy = plain(labels, logits)
+        if not (weigh_mtp and model.training):
+            return cross_entropy
+        return objective(TokenStats(-cross_entropy.float(), mask=labels >= 0)).loss
+
+    compute_language_model_loss.for_mtp = mtp_loss  # type: ignore[attr-defined]
     model.compute_language_model_loss = compute_language_model_loss
 
 

@@ -26,6 +26,8 @@ class ModelHandle:
 
 def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     """GPTModelConfig from Megatron's args; what this project adds are hooks on the built model."""
+    if args.mtp_num_layers:
+        compat.separate_mtp_losses()
     config = gpt_config_from_args(args)
     # gpt_config_from_args leaves it at 8.0 whatever --rope-scaling-factor says (0.19.2).
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -71,7 +73,7 @@ def prepare(chunks: list[Any], args: Any) -> None:
             continue
         if chosen.vocab_size is not None:
             mask_padded_vocab(chunk, chosen.vocab_size)
-        logits_probe.install(chunk, chosen.objective)
+        logits_probe.install(chunk, chosen.objective, args.dft_mtp)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         test = (chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype)
         if args.loss_chunk_size is None:

@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def _rank_main(fn, rank, world_size, args, kwargs, init, port, directory, env):
-    # A group of its own, so that helpers it has started (Megatron's checkpoint writers) end with it.
+    # A group of its own: helpers that it starts (Megatron's checkpoint writers) end with it.
     os.setpgid(0, 0)
     os.environ.update(
         RANK=str(rank),
@@ -133,6 +133,8 @@ def run_ranks(
             p.join(1.0 if len(outcomes) < world_size else 0)
             p.kill()
             p.join()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
             outcomes.setdefault(r, _outcome(Path(directory) / f"rank{r}.pkl", p.exitcode))
         # Peers of a failed rank fail too, a moment later, when its connections close.
         failed = [(v[2], r, v) for r, (kind, v) in outcomes.items() if kind == "error"]

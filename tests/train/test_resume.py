@@ -2,7 +2,13 @@
 
 import pytest
 
-from tests.train.launch import flags, largest_relative_error, run_train, weights
+from tests.train.launch import (
+    flags,
+    largest_relative_error,
+    run_train,
+    tolerate_exit,
+    weights,
+)
 
 
 def test_saved_at_tp2_resumed_at_pp2_equals_an_uninterrupted_run(tiny_model, chats, tmp_path):
@@ -12,7 +18,7 @@ def test_saved_at_tp2_resumed_at_pp2_equals_an_uninterrupted_run(tiny_model, cha
     first = run_train(
         2,
         *flags(tiny_model, chats, tensor_model_parallel_size=2, exit_interval=3, **save, **common),
-        before=_tolerate_exit,
+        before=tolerate_exit,
     )
     assert [s["lm loss"] for s in first] == pytest.approx(
         [s["lm loss"] for s in whole[:3]], abs=1e-5
@@ -36,26 +42,11 @@ def test_saved_at_tp2_resumed_at_pp2_equals_an_uninterrupted_run(tiny_model, cha
     assert largest_relative_error(resumed, uninterrupted) <= 1e-5
 
 
-def _tolerate_exit():
-    """--exit-interval ends the process by sys.exit; to the runner that is status 0."""
-    from megatron_dft import train
-
-    main = train.main
-
-    def exit_is_status(argv):
-        try:
-            return main(argv)
-        except SystemExit as exit:
-            return exit.code or 0
-
-    train.main = exit_is_status
-
-
 def test_weights_come_from_the_checkpoint_not_from_the_model(tiny_model, chats, tmp_path):
     """Resuming does not read the Hugging Face weights again."""
     common = dict(train_iters=2, lr_decay_iters=9)
     saving = dict(save=tmp_path / "c", save_interval=1, exit_interval=1)
-    run_train(1, *flags(tiny_model, chats, **saving, **common), before=_tolerate_exit)
+    run_train(1, *flags(tiny_model, chats, **saving, **common), before=tolerate_exit)
     again = flags(tiny_model, chats, load=tmp_path / "c", **common)
     (step,) = run_train(1, *again, before=_no_hf_weights)
     assert step["lm loss"] == pytest.approx(5.5, abs=1.5)

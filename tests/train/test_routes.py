@@ -12,7 +12,14 @@ LAYOUTS = {
     "tp2-sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2)),
 }
-COMPARED = ("lm loss", "dft loss", "dft/mean-prob", "dft/mean-weight", "grad_norm")
+COMPARED = (
+    "lm loss",
+    "dft loss",
+    "dft/mean-prob",
+    "dft/mean-weight",
+    "dft/token-accuracy",
+    "grad_norm",
+)
 
 
 @pytest.fixture(scope="module")
