@@ -18,11 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import _apply_yarn_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_dft.hf.config import apply_to_model_config, megatron_args
+from megatron_dft.hf.keys import with_te_keys
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.source import HFCheckpoint
 
@@ -91,15 +91,9 @@ def _tables_on(device: str) -> Iterator[None]:
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-    """Megatron's local spec with the torch_dist keys of the Transformer Engine spec.
-
-    The local one files an experts' layer norm under the key of a dense layer's fused norm.
-    """
-    spec = default_layer_spec(config, vp_stage)
+    """Megatron's local spec, for a model that need not compute, with Transformer Engine's keys."""
+    spec = with_te_keys(default_layer_spec(config, vp_stage), config)
     for layer in getattr(spec, "layer_specs", [spec]):
-        mlp = layer.submodules.mlp
-        if getattr(mlp, "func", mlp) is MoELayer:
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         attention = layer.submodules.self_attention.submodules
         if attention.core_attention is DotProductAttention and config.multi_latent_attention:
             attention.core_attention = _NoAttention

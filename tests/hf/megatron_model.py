@@ -12,6 +12,15 @@ from megatron_dft.hf.source import open_checkpoint
 
 # argparse destinations whose TransformerConfig field has another name
 _RENAMED = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
+
+
+def cpu_layers(config: Any, vp_stage: int | None = None) -> Any:
+    from megatron_dft.cpu.layers import layer_spec
+    from megatron_dft.hf.keys import with_te_keys
+
+    return with_te_keys(layer_spec(config, vp_stage), config)
+
+
 _YARN_DEFAULTS = dict(multi_latent_attention=False, mscale=1.0, mscale_all_dim=0.0)
 
 
@@ -52,8 +61,6 @@ def build(
     from megatron.training.argument_utils import _apply_yarn_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-    from megatron_dft.cpu.layers import layer_spec
-
     checkpoint = open_checkpoint(directory)
     a = megatron_args(checkpoint)
     config_class = MLATransformerConfig if a.get("multi_latent_attention") else TransformerConfig
@@ -83,7 +90,7 @@ def build(
     _apply_yarn_config_from_args(transformer, Namespace(**(_YARN_DEFAULTS | a)))
     model_config = GPTModelConfig(
         transformer=transformer,
-        transformer_layer_spec=spec or layer_spec,
+        transformer_layer_spec=spec or cpu_layers,
         vocab_size=a["vocab_size"],
         make_vocab_size_divisible_by=pad_to,
         should_pad_vocab=True,
