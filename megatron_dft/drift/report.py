@@ -112,8 +112,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Concentration and rank",
             [
-                "Stable rank ‖Δ‖²/σ₁² counts the directions an update uses. σ₁ comes from eight "
-                "steps of Lanczos bidiagonalisation from a random start (full SVD for small "
+                "Stable rank ‖Δ‖²/σ₁² counts the directions an update uses. σ₁ comes from up to "
+                "eight steps of Lanczos bidiagonalisation from a random start (full SVD for small "
                 "matrices); the vertical bars show how far its error bound could lower the rank."
             ],
             [

@@ -1,6 +1,6 @@
 """The largest singular values of an update matrix by Golub-Kahan-Lanczos, with error bounds.
 
-From a random start vector, `steps` pairs of products Δv, Δᵀu build orthonormal U, V with
+From a random start vector, up to `steps` pairs of products Δv, Δᵀu build orthonormal U, V with
 Δ V = U B, B bidiagonal (Golub & Kahan 1965). The singular values of B approach those of Δ from
 below. For its largest, σ̂ = σ₁(B) with left vector p, the residual
 β·|p_last| bounds the distance to a singular value of Δ; and as B holds Σσ̂² of ‖Δ‖_F²,
@@ -15,6 +15,7 @@ import torch
 _EXACT_BELOW = 96  # smaller side up to which LAPACK's full SVD is as quick
 _STEPS = 8
 _GONE = 1e-7  # a remainder this small (of ‖Δ‖_F) is float32 rounding: the space is exhausted
+_CLOSE = 0.01  # of σ₁: a residual at which the steps end early
 _SHOWN = 4
 
 
@@ -89,13 +90,22 @@ def _lanczos(delta: torch.Tensor, steps: int, scale: float) -> tuple[torch.Tenso
         for _ in range(2):
             w.addmv_(seen.T, torch.mv(seen, w), alpha=-1.0)
         beta.append(float(torch.linalg.vector_norm(w)))
-        if beta[-1] < _GONE:
+        values, residual = _ritz(alpha, beta)
+        # Values err by about the square of a relative residual: 1 % of it is enough.
+        if beta[-1] < _GONE or residual <= _CLOSE * float(values[0]):
             break
         torch.div(w, beta[-1], out=v_SC[step + 1])
+    return _ritz(alpha, beta)
+
+
+def _ritz(alpha: list[float], beta: list[float]) -> tuple[torch.Tensor, float]:
+    """Singular values of B (diagonal alpha, above it beta) and the residual of the largest.
+
+    Δᵀ U = V Bᵀ + β v_next e_lastᵀ, so β |p_last| is what is left outside the subspace.
+    """
     size = len(alpha)
     bidiagonal = np.zeros((size, size))
     bidiagonal[range(size), range(size)] = alpha
     bidiagonal[range(size - 1), range(1, size)] = beta[: size - 1]
     left, values, _ = np.linalg.svd(bidiagonal)
-    # Δᵀ U = V Bᵀ + β v_next e_lastᵀ: β |p_last| is what is left outside the subspace.
     return torch.from_numpy(values), float(beta[-1] * abs(left[-1, 0]))

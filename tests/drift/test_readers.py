@@ -143,9 +143,11 @@ def test_pickles_are_refused_unread(tmp_path, pair):
 def test_pickled_shards_of_torch_dist_are_not_run(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "dcp"
     dcp.save({"w": torch.ones(4000)}, checkpoint_id=path, no_dist=True)
-    file = next(path.glob("*.distcp"))
-    bomb = pickle.dumps(Bomb(mark))
-    file.write_bytes(bomb + file.read_bytes()[len(bomb) :])
+    torch.save(Bomb(mark), next(path.glob("*.distcp")))
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.length = next(path.glob("*.distcp")).stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
     fails("is damaged", path, path)
     assert not mark.exists()
 
