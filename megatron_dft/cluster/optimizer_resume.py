@@ -5,8 +5,9 @@ megatron-core 0.19.2, core/optimizer/distrib_optimizer.py, three faults:
 - `state_dict`, which loading calls on the fresh optimizer, asserts that Adam has counted its steps:
   no run with --use-distributed-optimizer could be resumed.
 - `load_state_dict` gives all parameters one and the same tensor to count in, so a step after the
-  resume would count once for each parameter, and then copies the fresh optimizer's 0 over it: a
-  wrong bias correction, without a word. The true count lies in the parameter groups.
+  resume would count once for each parameter, and then copies the fresh optimizer's 0 over it (or
+  fails, as --dist-ckpt-optim-fully-reshardable stores none): a wrong bias correction, without a
+  word. The true count lies in the parameter groups.
 - In fp32 it copies into views of the parameters themselves, which autograd refuses.
 """
 
@@ -47,5 +48,14 @@ def install() -> None:
 
         return load_state_dict
 
+    def copying(original):
+        def _set_main_param_and_optimizer_states(self, parameter, tensors):
+            # A step that is no tensor is passed over: load_state_dict above sets it.
+            original(self, parameter, {**tensors, "step": None})
+
+        return _set_main_param_and_optimizer_states
+
+    name = "_set_main_param_and_optimizer_states"
+    wrap(distrib_optimizer.DistributedOptimizer, name, copying)
     wrap(distrib_optimizer.DistributedOptimizer, "state_dict", describing)
     wrap(distrib_optimizer.DistributedOptimizer, "load_state_dict", loading)
