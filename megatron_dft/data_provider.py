@@ -8,6 +8,7 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_dft.arguments import settings
 from megatron_dft.data.dataset import ChatDataset, build_dataset
+from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.flags import dataset_options
 from megatron_dft.data.tokenizer import load_tokenizer
 
@@ -56,6 +57,16 @@ def prepare(args: Any) -> None:
         _build(args, "--valid-data", None, shuffle=False, progress=True)
 
 
+def _guard_resume(args: Any, train: ChatDataset) -> None:
+    """Going on in the middle of other data would skip samples that were never seen."""
+    if args.consumed_train_samples and args.load is not None:
+        for line in check_resume(args.load, train.identity, args.allow_data_change):
+            print_rank_0(f"> resuming with changed data: {line}")
+    if args.save is not None and args.rank == 0:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        record(args.save, train.identity)
+
+
 def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
     """(train, validation, test) data sets; Megatron shards them over data-parallel ranks.
 
@@ -65,6 +76,7 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
     train = valid = None
     if args.train_data and not args.skip_train:
         train = _build(args, "--train-data", num_samples[0], shuffle=True)
+        _guard_resume(args, train)
         counted = {name: count for name, count in train.counts.items() if count}
         print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
     if args.valid_data and (args.full_validation or args.eval_iters):

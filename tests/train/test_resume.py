@@ -59,3 +59,17 @@ def _no_hf_weights():
         raise AssertionError("the Hugging Face weights were read")
 
     model.load_hf_weights = refuse
+
+
+def test_other_data_is_refused_in_the_middle_of_an_epoch(tiny_model, chats, tmp_path):
+    """--allow-data-change lets it pass, and says what changed."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(chats.read_text().splitlines(keepends=True)[:40]))
+    common = dict(train_iters=2, lr_decay_iters=9)
+    saving = dict(save=tmp_path / "c", save_interval=1, exit_interval=1)
+    run_train(1, *flags(tiny_model, chats, **saving, **common), before=tolerate_exit)
+    again = flags(tiny_model, other, load=tmp_path / "c", **common)
+    with pytest.raises(ValueError, match="--allow-data-change") as refusal:
+        run_train(1, *again)
+    assert "the content of the data" in str(refusal.value)
+    assert len(run_train(1, *again, "--allow-data-change")) == 1
