@@ -1,1 +1,14 @@
-"""The weight-update lens: what fine-tuning did to the weights."""
+"""Checkpoints compared: norms, sparsity, layers, retention, and the report.
+
+Offline, on files (no Megatron):
+    command → compare (checkpoint: safetensors_reader, torch_dist_reader; pair; names)
+            → moments, histogram, spectrum (one tensor) → summary (layers, modules, model)
+            → report (plots, page)
+    scoring (a base model on text) → retention, diagnosis → retention_report, diagnosis_report
+
+In training, on live shards (torch and process groups; Megatron in one module):
+    training.UpdateTracker        update norms against the starting weights
+    anchor.L2SP                   ½λ‖θ − θ₀‖² in the optimizer's step
+    target.TargetController       an anchor's coefficient that holds a measured value
+    megatron_parameters           who counts which element of a Megatron model
+"""

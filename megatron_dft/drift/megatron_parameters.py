@@ -76,3 +76,29 @@ def _label(model: Any, name: str, labels: list[str]) -> str:
     if "embedding" in name:
         return EMBEDDING
     return HEAD if "output_layer" in name else OTHER
+
+
+def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers that a Megatron optimizer steps; each takes an `anchor.L2SP` of its own.
+
+    With the distributed optimizer their parameters are this rank's float32 shards. Raises
+    ValueError where they hold no float32 master weights that a hook could move.
+    """
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    found = []
+    for member in members:
+        inner = getattr(member, "optimizer", None)
+        if inner is None:  # a rank without parameters of this kind (experts, say)
+            continue
+        if getattr(member.config, "use_precision_aware_optimizer", False):
+            raise ValueError(
+                "--l2sp-coeff: --use-precision-aware-optimizer keeps the master weights inside "
+                "its fused step, where no anchor can reach them; leave one of the two out"
+            )
+        if getattr(member.config, "optimizer_cpu_offload", False):
+            raise ValueError(
+                "--l2sp-coeff: --optimizer-cpu-offload steps copies of the weights, which an "
+                "anchor would not move; leave one of the two out"
+            )
+        found.append(inner)
+    return found
