@@ -30,7 +30,7 @@ th { position: sticky; top: 0; background: var(--band); text-align: right; curso
 th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; }
-td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
+td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre; }
 summary { cursor: pointer; color: var(--key); margin: 8px 0; }
 """
 

@@ -43,7 +43,16 @@ def layers(report: Report) -> bytes:
         for ax, field in ((left, "relative_norm"), (right, "unchanged_bf16")):
             values = [method["layers"][k][field] for k in keys]
             ax.plot([int(k) for k in keys], values, "o-", ms=4, color=colour(i), label=label)
-    left.set(title="Relative update norm ‖Δ‖/‖θ₀‖", xlabel="layer", yscale="log")
+    left.set(title="Relative update norm ‖Δ‖/‖θ₀‖", xlabel="layer")
+    norms = [
+        row["relative_norm"] for m in report["methods"].values() for row in m["layers"].values()
+    ]
+    moved = [n for n in norms if n]
+    # Methods an order of magnitude apart need a logarithm; otherwise zero shows the proportions.
+    if moved and max(moved) > 10 * min(moved):
+        left.set(yscale="log")
+    else:
+        left.set_ylim(bottom=0)
     right.set(title="Share of weights unchanged in bfloat16", xlabel="layer", ylim=(-0.02, 1.02))
     left.legend(frameon=False)
     return png(picture)
