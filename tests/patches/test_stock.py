@@ -271,3 +271,9 @@ def test_the_scripts_own_flags_are_kept(monkeypatch, capsys, own):
     )
     announced = "> megatron_dft: training loss dft-mix, alpha 0.5 (github Lauorie/DFT)\n"
     assert capsys.readouterr().out == announced
+
+
+def test_without_our_flags_nothing_is_weighted_or_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py"])
+    parser = stock.add_loss_flags(argparse.ArgumentParser())
+    assert parser.parse_args([]).loss == "sft" and capsys.readouterr().out == ""
