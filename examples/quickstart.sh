@@ -41,7 +41,7 @@ cd "$root"
 setup_env quickstart
 started=$SECONDS
 here=examples/quickstart data=$work/data tuned=$work/tuned log=$work/train.log
-steps=80 row_tokens=384
+steps=60 row_tokens=384
 mkdir -p "$work"
 
 # glibc gives every large buffer back to the kernel and takes page faults for the next one; keeping
@@ -84,7 +84,7 @@ train=(
     --hf-model "$model" --loss dft --train-data "$data/train.jsonl" --data-cache "$work/cache"
     --tensor-model-parallel-size "$ranks" --seq-length "$row_tokens"
     --micro-batch-size 1 --global-batch-size 1 --train-iters "$steps"
-    --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 8
+    --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters 6
     --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 1
     --log-interval 1 --eval-iters 0 --save-hf "$tuned" --overwrite
     "${device[@]}" "${extra[@]}"
