@@ -246,3 +246,14 @@ def test_float64_updates_below_float32_resolution(tmp_path):
     tuned = {"w": base["w"] + 1e-12}
     got = report(write(tmp_path / "a", base), write(tmp_path / "b", tuned))
     assert got["methods"]["m0"]["model"]["update_norm"] == pytest.approx(1e-11, rel=1e-3)
+
+
+def test_stored_types_may_differ_and_tensors_may_be_empty(tmp_path):
+    base = tiny_model() | {"empty": torch.zeros(0, 8), "model.h.0.wte.weight": torch.zeros(0, 8)}
+    tuned = {n: v.to(torch.bfloat16) for n, v in perturbed(base).items()}
+    a, b = write(tmp_path / "a", base), write(tmp_path / "b", tuned)
+    got = report(a, b)["methods"]["m0"]
+    assert_close(got["model"], statistics([(base[n], tuned[n]) for n in base]))
+    assert got["tensors"]["empty"]["update_norm"] == 0
+    notes = match(open_checkpoint(a), open_checkpoint(b)).notes
+    assert len(notes) == 1 and "float32 in the base and torch.bfloat16" in notes[0]
