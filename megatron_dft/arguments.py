@@ -158,6 +158,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="LAMBDA",
         help="add LAMBDA · KL(reference ‖ model) over the vocabulary to any objective's token loss",
     )
+    group.add_argument(
+        "--log-drift-interval",
+        type=int,
+        metavar="STEPS",
+        help="log how far the weights are from --hf-model's every so many steps",
+    )
+    group.add_argument(
+        "--l2sp-coeff",
+        type=float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="pull the weights back to --hf-model's by lr · LAMBDA · (θ − θ₀) in each step "
+        "(L2-SP, arXiv 1802.01483, decoupled from Adam's scaling)",
+    )
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
     _resolve(parser)

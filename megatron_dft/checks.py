@@ -269,6 +269,12 @@ def _check_output(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> 
             f"--save {args.save}: expected --save-interval STEPS beside it, got none; "
             "a number beyond the last step saves at the end alone"
         )
+    if args.log_drift_interval is not None and args.log_drift_interval < 1:
+        raise ValueError(
+            f"--log-drift-interval: expected at least 1 step, got {args.log_drift_interval}"
+        )
+    if not 0 <= args.l2sp_coeff < float("inf"):
+        raise ValueError(f"--l2sp-coeff: expected a number of 0 or more, got {args.l2sp_coeff}")
     if args.save_hf is None:
         if args.save_hf_interval is not None:
             raise ValueError("--save-hf-interval: expected --save-hf DIR beside it, got none")

@@ -71,6 +71,20 @@ def after_training_step(callback: Callable[[list[Any], int], None]) -> None:
     _replace("megatron.training.training", "post_training_step_callbacks", make)
 
 
+def on_optimizer_built(callback: Callable[[Any], None]) -> None:
+    """Call `callback(optimizer)` when Megatron's optimizer has copied the model's weights."""
+
+    def make(original):
+        def get_megatron_optimizer(*args, **kwargs):
+            optimizer = original(*args, **kwargs)
+            callback(optimizer)
+            return optimizer
+
+        return get_megatron_optimizer
+
+    _replace("megatron.training.training", "get_megatron_optimizer", make)
+
+
 def separate_mtp_losses() -> None:
     """Let a model's loss function have a version of its own for multi-token prediction heads.
 

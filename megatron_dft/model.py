@@ -13,6 +13,8 @@ from megatron_dft.arguments import settings
 from megatron_dft.cpu.layers import layer_spec
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
+from megatron_dft.lens import Lens
+from megatron_dft.lens import is_wanted as lens_is_wanted
 from megatron_dft.reference_model import ReferenceModel
 from megatron_dft.self_test import check_gradient, check_head_gradient
 
@@ -20,8 +22,9 @@ from megatron_dft.self_test import check_gradient, check_head_gradient
 class ModelHandle:
     """The model chunks of this rank, once they are built; `pretrain` does not return them."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: Any) -> None:
         self.chunks: list[Any] = []
+        self.lens = Lens(args)
 
 
 def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
@@ -36,6 +39,7 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
 
     def before_wrapping(chunks: list[Any]) -> list[Any]:
         prepare(chunks, args)
+        handle.lens.track(chunks)
         if settings().reference_checkpoint is not None:
             _build_reference(config, chunks)
         return chunks
@@ -65,7 +69,8 @@ def _build_reference(config: GPTModelConfig, chunks: list[Any]) -> None:
 def prepare(chunks: list[Any], args: Any) -> None:
     """Weights, padded vocabulary, accuracy and the self-test, on the bare model chunks."""
     chosen = settings()
-    if chosen.checkpoint is not None and not compat.checkpoint_exists(args.load):
+    resumes = compat.checkpoint_exists(args.load)
+    if chosen.checkpoint is not None and (lens_is_wanted(args) or not resumes):
         print_rank_0(f"> reading the weights of {chosen.checkpoint.name} ...")
         load_hf_weights(chunks, chosen.checkpoint)
     for chunk in (unwrap_model(c) for c in chunks):

@@ -70,6 +70,7 @@ class Output:
         self.metrics = {name: float(value) for name, value in losses.items()}
 
     def _after_step(self, chunks: list[Any], iteration: int) -> None:
+        self.handle.lens.after_step(chunks, iteration)
         interval = self.args.save_hf_interval
         if interval and iteration % interval == 0 and iteration < self.args.train_iters:
             self.export(Path(f"{self.args.save_hf}-step-{iteration}"))

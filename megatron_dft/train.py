@@ -115,7 +115,7 @@ def _train(args: Any) -> None:
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     compat.fail_on_silent_exits()
-    handle = model.ModelHandle()
+    handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
     out = output.Output(args, handle)
     out.install()

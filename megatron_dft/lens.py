@@ -1,0 +1,70 @@
+"""The weight-update lens inside a run: drift from the base while training, and the L2-SP anchor.
+
+--log-drift-interval N logs ‖θ − θ₀‖, its ratio to ‖θ₀‖ and the share of weights unchanged at bf16,
+of the whole model and of groups of layers. --l2sp-coeff λ pulls the weights back to θ₀ in the
+optimizer's step. θ₀ are the Hugging Face weights, also in a resumed run.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.training import get_tensorboard_writer
+
+from megatron_dft import compat
+from megatron_dft.arguments import settings
+from megatron_dft.drift.anchor import L2SP
+from megatron_dft.drift.megatron_parameters import all_labels, tracked_parameters
+from megatron_dft.drift.training import MODEL, UpdateTracker
+
+
+def is_wanted(args: Any) -> bool:
+    """Whether the run needs θ₀."""
+    return bool(args.log_drift_interval or args.l2sp_coeff)
+
+
+class Lens:
+    """Made before the model is built; `track` is called on the bare chunks when they hold θ₀."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.tracker: UpdateTracker | None = None
+        self.anchors: list[L2SP] = []
+        if args.l2sp_coeff:
+            # The optimizer copies the weights when it is made, before a checkpoint is loaded.
+            compat.on_optimizer_built(self._anchor)
+
+    def track(self, chunks: list[Any]) -> None:
+        """Remember the starting weights, on the CPU."""
+        if not self.args.log_drift_interval:
+            return
+        layers = self.args.num_layers
+        vocab_size = settings().vocab_size or self.args.padded_vocab_size
+        self.tracker = UpdateTracker(
+            tracked_parameters(chunks, layers, vocab_size), all_labels(layers)
+        )
+
+    def _anchor(self, optimizer: Any) -> None:
+        for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+            self.anchors.append(L2SP(member.optimizer, self.args.l2sp_coeff))
+
+    def after_step(self, chunks: list[Any], iteration: int) -> None:
+        """Measure and log where it is time. Collective."""
+        interval = self.args.log_drift_interval
+        if self.tracker is None or iteration % interval:
+            return
+        compat.sync_parameters(chunks, self.args)
+        table = self.tracker.measure()
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            for label, figures in table.items():
+                for name, value in figures.items():
+                    writer.add_scalar(f"drift/{label}/{name}", value, iteration)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            whole = table.pop(MODEL)
+            groups = " | ".join(f"{k} {v['relative_norm']:.2e}" for k, v in table.items())
+            print(
+                f"drift at step {iteration}: norm {whole['update_norm']:.6g}, relative "
+                f"{whole['relative_norm']:.6g}, unchanged at bf16 {whole['unchanged_bf16']:.6f}"
+                f" | relative by group: {groups}",
+                flush=True,
+            )
