@@ -89,6 +89,41 @@ def test_what_megatron_cannot_represent_is_named(kind, changes, named, tiny):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_families_that_megatron_lacks_are_named(architecture, tiny):
+    with pytest.raises(ValueError, match=f"{architecture} cannot be represented.*norms after"):
+        megatron_args(tiny("llama", architectures=[architecture]))
+
+
+def test_longrope_is_named(tiny):
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0] * 4,
+        long_factor=[2.0] * 4,
+        original_max_position_embeddings=64,
+    )
+    with pytest.raises(ValueError, match="longrope"):
+        megatron_args(tiny("phi3", rope_parameters=rope))
+
+
+def test_latent_attention_with_yarn_and_without_query_compression(tiny):
+    rope = dict(
+        rope_type="yarn",
+        rope_theta=1e4,
+        factor=40.0,
+        original_max_position_embeddings=4096,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+        beta_fast=32,
+        beta_slow=1,
+    )
+    a = megatron_args(tiny("deepseek-v3", rope_parameters=rope, max_position_embeddings=163840))
+    assert (a["rope_type"], a["rotary_scaling_factor"], a["mscale_all_dim"]) == ("yarn", 40.0, 1.0)
+    with pytest.raises(ValueError, match="beta_fast 16"):
+        megatron_args(tiny("deepseek-v3", rope_parameters=rope | dict(beta_fast=16)))
+
+
 def test_sliding_window_of_some_layers(tiny):
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     a = megatron_args(tiny("qwen2", layer_types=kinds, sliding_window=8, use_sliding_window=True))

@@ -7,11 +7,28 @@ from megatron_dft.hf.source import HFCheckpoint
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | moe.FAMILIES | deepseek.FAMILIES
 
+# Known architectures that Megatron's GPTModel cannot represent, and what it lacks.
+_SANDWICH = "norms after attention and MLP (post_*_layernorm) and scaled embeddings"
+REFUSED: dict[str, str] = {
+    "GemmaForCausalLM": "scaled embeddings",
+    "Gemma2ForCausalLM": f"{_SANDWICH}, and soft-capped logits",
+    "Gemma3ForCausalLM": f"{_SANDWICH}, and two rotary bases in one model",
+    "Gemma3ForConditionalGeneration": "an image encoder",
+    "GptOssForCausalLM": "packed, interleaved experts with biases are not mapped yet",
+    "Llama4ForCausalLM": "chunked attention and layers without rotary embeddings",
+    "Phi3SmallForCausalLM": "blocksparse attention",
+}
+
 TIED_COPY = "lm_head.weight"  # present or not where the output layer is tied to the embedding
 
 
 def family_of(checkpoint: HFCheckpoint) -> Family:
     """Raises ValueError for an architecture that is not mapped."""
+    if checkpoint.architecture in REFUSED:
+        raise ValueError(
+            f"{checkpoint.path}: {checkpoint.architecture} cannot be represented by Megatron's "
+            f"GPTModel: {REFUSED[checkpoint.architecture]}"
+        )
     if checkpoint.architecture not in FAMILIES:
         raise ValueError(
             f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not mapped; mapped "
