@@ -28,12 +28,7 @@ class ChatEncoder:
         from tokenizers import Tokenizer
 
         layout = json.loads(spec.tokenizer_json)
-        # Special tokens come from the template, so the post-processor has nothing to add; but a
-        # byte-level one trims whitespace off the offsets, which would hide where a token starts.
-        layout["post_processor"] = None
-        self._tokenizer = Tokenizer.from_str(json.dumps(layout))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
         parts = json.dumps([layout.get("pre_tokenizer"), layout.get("decoder")])
         self._byte_level = '"ByteLevel"' in parts
         self.renderer = TurnRenderer(spec)

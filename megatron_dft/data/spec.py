@@ -19,9 +19,10 @@ REWRITES = ("per-turn", "refuse")
 class EncoderSpec:
     """All that turns a conversation into ids: picklable, hashable, without transformers.
 
-    tokenizer_json is the `tokenizers` library's own serialisation; templates maps "default" (and
-    "tool_use") to Jinja source; variables are what the template may read besides the messages;
-    date is ISO (YYYY-MM-DD) or None; rewrites is one of REWRITES.
+    tokenizer_json is the `tokenizers` library's own serialisation without truncation, padding and
+    post-processor; templates maps "default" (and "tool_use") to Jinja source; variables are what
+    the template may read besides the messages; date is ISO (YYYY-MM-DD) or None; rewrites is one
+    of REWRITES.
     """
 
     tokenizer_json: str

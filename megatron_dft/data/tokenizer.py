@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,12 +84,23 @@ def encoder_spec(
     variables["add_bos"] = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
     variables.update(template_args or {})
     return EncoderSpec(
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        tokenizer_json=_bare(tokenizer.backend_tokenizer.to_str()),
         templates=dict(templates),
         variables=variables,
         date=template_date,
         rewrites=rewrites,
     )
+
+
+def _bare(tokenizer_json: str) -> str:
+    """What decides the ids of a rendered text, without what earlier calls left switched on.
+
+    Special tokens come from the template, so the post-processor has nothing to add; but a
+    byte-level one trims whitespace off the offsets, which would hide where a token starts.
+    """
+    layout = json.loads(tokenizer_json)
+    layout.update(truncation=None, padding=None, post_processor=None)
+    return json.dumps(layout, ensure_ascii=False)
 
 
 def pad_token_id(tokenizer: Any) -> int:

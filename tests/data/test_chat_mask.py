@@ -323,6 +323,17 @@ def test_rendering_is_transformers_own(name):
                 assert ours == theirs
 
 
+def test_what_was_done_with_a_tokenizer_before_changes_nothing():
+    tokenizer = chatml_tokenizer()
+    fresh = encoder_spec(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
+    used = encoder_spec(tokenizer)
+    assert used.tokenizer_json == fresh.tokenizer_json
+    (flagged,) = _encode(ChatEncoder(used), {"messages": chat("a", "a long answer")})
+    assert tokenizer.decode(flagged & ID_MASK).endswith("a long answer<|im_end|>")
+
+
 def test_the_spec_is_plain_data():
     spec = encoder_spec(chatml_tokenizer())
     assert json.loads(json.dumps(spec.__dict__, default=dict))["rewrites"] == "per-turn"
