@@ -32,7 +32,7 @@ if command -v shellcheck >/dev/null; then
     check "shellcheck" shellcheck -x "${scripts[@]}"
 fi
 check "doctests of megatron_dft/losses" \
-    python -m pytest --durations=0 --doctest-modules megatron_dft/losses
+    python -m pytest --durations-min=10 --doctest-modules megatron_dft/losses
 
 if [ ${#red[@]} -gt 0 ]; then
     say "RED so far: $(printf '%s; ' "${red[@]}")the exit status will be 1 whatever the tests say"
