@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_four_times_the_largest_tensor(form, dtype, tmp_path):
             dcp.save(tensors, checkpoint_id=tmp_path / directory, no_dist=True)
     run = subprocess.run(
         [sys.executable, "-c", _PROGRAM, tmp_path / "a", tmp_path / "b"],
+        cwd=Path(__file__).parents[2],
         check=True,
         capture_output=True,
         text=True,
