@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
+
 # hidden, intermediate, layers, heads, key-value heads, tied
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),
