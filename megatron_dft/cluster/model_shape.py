@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder; `experts` is 0 for a dense model, `shared` the shared experts' width."""
+    """Sizes of a decoder.
+
+    `experts` is 0 for a dense model, `shared` the shared experts' width, `dense_layers` the layers
+    of a mixture of experts that have none.
+    """
 
     hidden: int
     layers: int
@@ -29,7 +33,7 @@ class Shape:
     top_k: int = 0
     expert_ffn: int = 0
     shared: int = 0
-    dense_layers: int = 0
+    dense_layers: frozenset[int] = frozenset()
     positions: int = 0
 
     def padded_vocab(self, tp: int, multiple: int = 128) -> int:
@@ -59,7 +63,7 @@ class Shape:
         dense = each * self.attention(tp)
         expert = 0.0
         for layer in held:
-            if not self.experts or layer < self.dense_layers:
+            if not self.experts or layer in self.dense_layers:
                 dense += self.mlp(self.ffn, tp)
             else:
                 dense += self.hidden * self.experts + self.mlp(self.shared, tp)
@@ -115,6 +119,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         raise ValueError(f"model_type: expected one of {', '.join(known)}, got {kind!r}")
     heads = config["num_attention_heads"]
     experts = config.get("num_local_experts") or config.get("num_experts") or 0
+    every = config.get("decoder_sparse_step") or 1
+    dense = {i for i in range(config["num_hidden_layers"]) if (i + 1) % every}
     return Shape(
         hidden=config["hidden_size"],
         layers=config["num_hidden_layers"],
@@ -130,5 +136,6 @@ def shape_of(config: dict[str, Any]) -> Shape:
         top_k=config.get("num_experts_per_tok") or 0,
         expert_ffn=config.get("moe_intermediate_size") or (config["intermediate_size"]),
         shared=config.get("shared_expert_intermediate_size") or 0,
+        dense_layers=frozenset(dense | set(config.get("mlp_only_layers") or ())),
         positions=config.get("max_position_embeddings") or 0,
     )
