@@ -87,7 +87,7 @@ def check_gradient(model: Any, objective: Objective, vocab_size: int, dtype: tor
     """
     group, objective = model.pg_collection.tp, _tested(objective)
     local = model.output_layer.output_size_per_partition
-    labels, upstream = _draw(vocab_size, model.output_layer.weight.device)
+    labels, upstream = _draw(vocab_size, next(model.parameters()).device)
     generator = torch.Generator().manual_seed(group.rank() + 1)
     shard = torch.randn(TOKENS, local, generator=generator).to(labels.device)
     # From hopeless to nearly certain targets, so that p covers (0, 1).

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from tests.hf.tiny import make_tiny
 from tests.train.launch import flags, largest_relative_error, run_train, weights
 
 LAYOUTS = {
@@ -49,3 +50,21 @@ def test_the_two_losses_part(run):
     sft, _ = run("single", "sft")
     assert dft[0]["lm loss"] == pytest.approx(sft[0]["lm loss"], abs=1e-6)
     assert abs(dft[-1]["lm loss"] - sft[-1]["lm loss"]) > 1e-2
+
+
+@pytest.mark.parametrize("route", [1, 2])
+def test_tied_embeddings_over_tensor_and_pipeline_ranks(tmp_path_factory, chats, route):
+    """The output layer has no weight of its own; the stages share the embedding and its gradient."""
+    directory = tmp_path_factory.mktemp("tied")
+    model = make_tiny("llama-tied", directory / "model")
+    chunk = {"loss_chunk_size": 16} if route == 2 else {}
+    outcomes = {}
+    for name in ("single", "tp2-pp2"):
+        world_size, layout = (1, {}) if name == "single" else LAYOUTS[name]
+        argv = flags(model, chats, save_hf=directory / name, **chunk, **layout)
+        outcomes[name] = run_train(world_size, *argv), weights(directory / name)
+    (expected, expected_weights), (got, trained) = outcomes["single"], outcomes["tp2-pp2"]
+    for ours, theirs in zip(got, expected, strict=True):
+        for name in ("lm loss", "dft loss", "grad_norm", "dft/token-accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+    assert largest_relative_error(trained, expected_weights) <= 1e-5
