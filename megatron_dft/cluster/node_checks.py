@@ -1,5 +1,6 @@
 """What `megatron-dft preflight` asks of one node: figures, and complaints where they are bad."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -66,7 +67,8 @@ def disk(directory: Path, need_gb: float) -> tuple[float, float, list[str]]:
     except OSError as error:
         return 0.0, 0.0, [f"{directory}: {error.strerror}"]
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     short = [f"{directory}: {free:.1f} GB free, {need_gb:g} needed"] if free < need_gb else []
     return free, speed, short
 

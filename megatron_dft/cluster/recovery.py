@@ -160,12 +160,6 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         raise
     except Exception as error:
         step = run.iteration + 1
-        if isinstance(error, ValueError) and run.iteration == 0:
-            # A setting that only the data or the model could refuse: a restart would not help.
-            if rank == "0":
-                print(f"{socket.gethostname()}: error: {error}", file=sys.stderr, flush=True)
-                status.record("refused", " ".join(str(error).split()))
-            raise SystemExit(exit_codes.REFUSED) from error
         print(
             f"{socket.gethostname()}: error: rank {rank}, in or before step {step}: "
             f"{type(error).__name__}: {error}",

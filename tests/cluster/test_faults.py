@@ -2,11 +2,10 @@
 
 import os
 import re
-import signal
 
 import pytest
 
-from tests.cluster.slurm import poll, write_config
+from tests.cluster.slurm import write_config
 from tests.train.launch import flags
 
 pytestmark = pytest.mark.timeout(1800)
@@ -55,16 +54,6 @@ def test_a_crash_loop_is_stopped(submit):
 
 
 @pytest.mark.slow
-def test_the_death_of_one_rank_costs_the_steps_since_the_last_save(submit):
-    job = submit(1, 2, tensor_model_parallel_size=2)
-    job.until(rf"step {SAVES + 2}/")
-    os.kill(job.ranks()[-1], signal.SIGKILL)
-    job.until(r"requeueing: leg 0 ended with 'died'")
-    assert not job.success
-    goes_on_and_succeeds(job, SAVES)
-
-
-@pytest.mark.slow
 def test_the_death_of_a_node_moves_the_job_to_others(submit, cluster):
     job = submit(2, 1, tensor_model_parallel_size=2)
     job.until(rf"step {SAVES + 2}/")
@@ -76,39 +65,3 @@ def test_the_death_of_a_node_moves_the_job_to_others(submit, cluster):
     finally:
         cluster.lab("start-node", "n2")
         cluster.rest()
-
-
-@pytest.mark.slow
-def test_a_cancelled_job_is_not_requeued(submit, cluster):
-    job = submit(1, 1)
-    job.until(r"step 2/")
-    cluster.run("scancel", job.number)
-    state, _ = job.ended()
-    assert state == "CANCELLED"
-    cluster.rest()
-    assert not job.success and job.show("Restarts") == "0"
-
-
-@pytest.mark.slow
-def test_a_rank_that_stands_still_is_noticed(submit):
-    job = submit(1, 2, tensor_model_parallel_size=2, hang_timeout=90)
-    job.until(rf"step {SAVES + 2}/")
-    os.kill(job.ranks()[-1], signal.SIGSTOP)
-    job.until(r"no progress for 90 s in .*step \d+")
-    job.until(r"requeueing: leg 0 ended with 'hang'")
-    assert "Current thread" in job.text() or "Thread 0x" in job.text()
-    goes_on_and_succeeds(job, SAVES)
-
-
-@pytest.mark.slow
-def test_the_time_limit_itself(submit):
-    """Slurm's own signal, one to two minutes before a limit of four; then the rest in a new leg."""
-    job = submit(1, 1, "--time=4", "--signal=B:USR1@120", train_iters=3000, save_interval=10000)
-    job.until(r"requeueing: leg 0 ended with 'stopped'")
-    (job.run_dir / "legs" / "1").mkdir(parents=True, exist_ok=True)
-    job.until(r"going on from step \d+")
-    stop = job.run_dir / "legs" / "1" / "stop"
-    stop.touch()
-    assert job.ended() == ("FAILED", "75:0")
-    assert not job.success and job.show("Restarts") == "1"
-    poll(lambda: not job.ranks(), 60, "no rank is left")

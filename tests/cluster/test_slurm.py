@@ -1,7 +1,5 @@
 """The real finetune.sbatch on a real Slurm of virtual nodes, training a tiny model on CPU."""
 
-import re
-
 import pytest
 
 from tests.cluster.runs import assert_same_tensors
@@ -102,17 +100,6 @@ def test_a_wrong_setting_fails_without_a_restart(cluster, config, tmp_path):
     assert job.show("Restarts") == "0"
     assert "--keep-last: expected at least 1 checkpoint" in job.text()
     assert not job.success
-
-
-def test_preflight_looks_at_every_node_first(cluster, config, tmp_path):
-    """Two nodes of a run whose data is not there: no rank is started."""
-    path = config("preflight", 1, settings={"PREFLIGHT": 1}, train_data=tmp_path / "absent.jsonl")
-    job = cluster.submit(path, tmp_path / "preflight", 2)
-    assert job.ended() == ("FAILED", "1:0")
-    assert not job.success and job.show("Restarts") == "0"
-    rows = re.findall(r"^\d: (n\d) .*absent.jsonl cannot be read", job.text(), re.MULTILINE)
-    assert rows == ["n1", "n2"]
-    assert "megatron_dft: running" not in job.text()
 
 
 EXAMPLES = sorted((ROOT / "examples/configs").glob("*.sh"))
