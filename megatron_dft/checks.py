@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.hf.config import megatron_args
+from megatron_dft.hf.config import TRAINING_DEFAULTS, megatron_args
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.logits_probe import VOCABULARY_STATISTICS
@@ -63,6 +63,8 @@ def no_contradiction(
     """Raise ValueError if a given flag contradicts the model's config (given: flags as typed)."""
     flags = {action.dest: action.option_strings[-1] for action in parser._actions}
     for dest, expected in model.items():
+        if dest in TRAINING_DEFAULTS:
+            continue  # about training, not the architecture: a given flag wins
         if dest in given and given[dest] != expected:
             raise ValueError(
                 f"{flags[dest]}: {source}/config.json says {expected}, got {given[dest]}; "

@@ -1,6 +1,5 @@
 """The data sets of a run, in the form that Megatron's loop asks for them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,8 @@ from megatron.training import get_args, print_rank_0
 from megatron_dft.arguments import settings
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
-from megatron_dft.data.flags import dataset_options
+from megatron_dft.data.flags import cache_directory, dataset_options
 from megatron_dft.data.tokenizer import load_tokenizer
-
-DEFAULT_CACHE = "~/.cache/megatron_dft/data"
-
-
-def cache_directory(args: Any) -> Path:
-    """--data-cache, $MEGATRON_DFT_DATA_CACHE, or a directory of the user's."""
-    chosen = args.data_cache or os.environ.get("MEGATRON_DFT_DATA_CACHE") or DEFAULT_CACHE
-    return Path(chosen).expanduser()
 
 
 def _build(

@@ -6,11 +6,11 @@ import torch
 from megatron.core.utils import unwrap_model
 from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_dft import compat, logits_probe
 from megatron_dft.arguments import settings
-from megatron_dft.cpu.layers import layer_spec
+from megatron_dft.hf.keys import with_te_keys
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
 from megatron_dft.lens import Lens
@@ -35,7 +35,7 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     # gpt_config_from_args leaves it at 8.0 whatever --rope-scaling-factor says (0.19.2).
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.transformer_impl == "local":
-        config.transformer_layer_spec = layer_spec
+        config.transformer_layer_spec = _local_layer_spec
 
     def before_wrapping(chunks: list[Any]) -> list[Any]:
         prepare(chunks, args)
@@ -51,6 +51,11 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     config.pre_wrap_hooks.append(before_wrapping)
     config.post_wrap_hooks.append(after_wrapping)
     return config
+
+
+def _local_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+    """Megatron's local spec; its checkpoints load whole into the Transformer Engine spec."""
+    return with_te_keys(default_layer_spec(config, vp_stage), config.transformer)
 
 
 def _build_reference(config: GPTModelConfig, chunks: list[Any]) -> None:

@@ -209,24 +209,6 @@ class Attention(MegatronModule):
         )
 
 
-def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """Megatron's own local spec with one correction, for `GPTModelConfig.transformer_layer_spec`.
-
-    The local spec stores an MoE layer's pre_mlp_layernorm under the key of the dense layer's fused
-    norm; a Transformer Engine model then loads the checkpoint "successfully" without it.
-    """
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.training.models.gpt import default_layer_spec
-
-    spec = default_layer_spec(config, vp_stage)
-    for layer in getattr(spec, "layer_specs", [spec]):
-        mlp = layer.submodules.mlp
-        module = getattr(mlp, "func", mlp)
-        if getattr(module, "__self__", module) is MoELayer:
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    return spec
-
-
 def replacements() -> list[tuple[Any, str, Any]]:
     """Rows of the CPU runtime's table: where Megatron picks its local norm and attention."""
     import megatron.core.models.backends as backends

@@ -15,10 +15,11 @@ _RENAMED = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
 
 
 def cpu_layers(config: Any, vp_stage: int | None = None) -> Any:
-    from megatron_dft.cpu.layers import layer_spec
+    from megatron.training.models.gpt import default_layer_spec
+
     from megatron_dft.hf.keys import with_te_keys
 
-    return with_te_keys(layer_spec(config, vp_stage), config)
+    return with_te_keys(default_layer_spec(config, vp_stage), config)
 
 
 _YARN_DEFAULTS = dict(multi_latent_attention=False, mscale=1.0, mscale_all_dim=0.0)

@@ -54,7 +54,7 @@ def test_the_two_losses_part(run):
 
 @pytest.mark.parametrize("route", [1, 2])
 def test_tied_embeddings_over_tensor_and_pipeline_ranks(tmp_path_factory, chats, route):
-    """The output layer has no weight of its own; the stages share the embedding and its gradient."""
+    """The output layer has no weight of its own; the stages share the embedding."""
     directory = tmp_path_factory.mktemp("tied")
     model = make_tiny("llama-tied", directory / "model")
     chunk = {"loss_chunk_size": 16} if route == 2 else {}
