@@ -6,6 +6,7 @@ from typing import Any
 from megatron.training import get_args, print_rank_0
 
 from megatron_dft.arguments import settings
+from megatron_dft.cluster.resume import ResumeError
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.flags import cache_directory, dataset_options
@@ -51,7 +52,12 @@ def prepare(args: Any) -> None:
 def _guard_resume(args: Any, train: ChatDataset) -> None:
     """Going on in the middle of other data would skip samples that were never seen."""
     if args.consumed_train_samples and args.load is not None:
-        for line in check_resume(args.load, train.identity, args.allow_data_change):
+        try:
+            changes = check_resume(args.load, train.identity, args.allow_data_change)
+        except ValueError as error:
+            # A refusal, not a crash: the scheduler must not try again.
+            raise ResumeError(str(error)) from None
+        for line in changes:
             print_rank_0(f"> resuming with changed data: {line}")
     if args.save is not None and args.rank == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
