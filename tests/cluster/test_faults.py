@@ -8,7 +8,8 @@ import pytest
 from tests.cluster.slurm import write_config
 from tests.train.launch import flags
 
-pytestmark = pytest.mark.timeout(1800)
+# Minutes each on a virtual cluster: `bash tests/run.sh -m slow tests/cluster`.
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 STEPS, SAVES = 60, 10
 
 

@@ -7,7 +7,8 @@ from tests.cluster.slurm import ROOT, write_config
 from tests.train.launch import flags, run_train
 
 # Seconds, for a machine that others load too; nothing waits longer than it has to.
-pytestmark = pytest.mark.timeout(1800)
+# Minutes each on a virtual cluster: `bash tests/run.sh -m slow tests/cluster`.
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 STEPS = 40
 
 
