@@ -56,7 +56,9 @@ class Progress:
         self.console = console or Console(
             file=sys.stdout, soft_wrap=True, highlight=False, force_terminal=style == "rich"
         )
-        self.mark, self.tokens, self.done = time.monotonic(), 0.0, 0
+        # The first line comes after the set-up: there is no step before it to time.
+        self.mark: float | None = None
+        self.tokens, self.done = 0.0, 0
 
     def log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
         """Print a line for this step; removes the histogram and the token count from `losses`."""
@@ -77,13 +79,16 @@ class Progress:
         if not self.prints or (step % self.interval and not call.get("is_first_iteration")):
             return
         now = time.monotonic()
-        elapsed, self.mark = now - self.mark, now
-        rate = self.tokens / elapsed if elapsed else 0.0
-        left = (self.steps - step) * elapsed / self.done
+        pace = []
+        if self.mark is not None:
+            elapsed = now - self.mark
+            left = (self.steps - step) * elapsed / self.done
+            pace = [f"{self.tokens / elapsed:,.0f} trained tokens/s", f"{duration(left)} left"]
+        self.mark = now
         self.tokens, self.done = 0.0, 0
         figures = {name: float(value) for name, value in losses.items()}
         if self.style != "off":
-            self._print(step, figures, histogram, call, rate, left)
+            self._print(step, figures, histogram, call, pace)
 
     def _print(
         self,
@@ -91,8 +96,7 @@ class Progress:
         figures: dict[str, float],
         histogram: list[float],
         call: dict[str, Any],
-        rate: float,
-        left: float,
+        pace: list[str],
     ) -> None:
         parts = [f"step {step}/{self.steps}", f"{CROSS_ENTROPY} {figures[CROSS_ENTROPY]:.4f}"]
         parts += [
@@ -112,7 +116,7 @@ class Progress:
             parts.append(f"grad {float(call['grad_norm']):.3g}")
         if call.get("learning_rate") is not None:
             parts.append(f"lr {call['learning_rate']:.2g}")
-        parts += [f"{rate:,.0f} trained tokens/s", f"{duration(left)} left"]
+        parts += pace
         text = " | ".join(parts) + f" | p 0▕{sparkline(histogram)}▏1"
         if self.style == "rich":
             self.console.print(Text(text, style="bold cyan"))
