@@ -35,14 +35,12 @@ def run_train(
     *argv: str,
     before: Callable[[], None] | None = None,
     timeout: float = 300,
-    env: dict[str, str] | None = None,
 ) -> list[dict[str, float]]:
     """Train on `world_size` ranks; the figures of each step, of the last rank. Exit status 0.
 
-    `env` is set before torch is used. `before`, a module-level function, runs on each rank first:
-    to break or replace a part.
+    `before`, a module-level function, runs on each rank first: to break or replace a part.
     """
-    results = run_ranks(_rank, world_size, list(argv), before, init=False, timeout=timeout, env=env)
+    results = run_ranks(_rank, world_size, list(argv), before, init=False, timeout=timeout)
     assert [code for code, _ in results] == [0] * world_size
     return results[-1][1]
 
