@@ -34,8 +34,7 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory):
-    import os
-
-    os.environ["MEGATRON_DFT_DATA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["MEGATRON_DFT_DATA_CACHE"]
+    with pytest.MonkeyPatch.context() as patch:
+        # The ranks inherit it: nothing of the tests goes to the user's cache.
+        patch.setenv("MEGATRON_DFT_DATA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

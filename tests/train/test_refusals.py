@@ -55,7 +55,16 @@ CASES = {
         ["--seq-length", "128", "256"],
     ),
     "fp16 cross entropy": (dict(fp16_lm_cross_entropy=True), ["--fp16-lm-cross-entropy", "exp"]),
-    "MTP": (dict(mtp_num_layers=1), ["--mtp-num-layers"]),
+    "MTP over context ranks": (
+        dict(mtp_num_layers=1, context_parallel_size=2),
+        ["--context-parallel-size", "--mtp-num-layers"],
+    ),
+    "a weight for no MTP heads": (dict(dft_mtp=True), ["--dft-mtp", "--mtp-num-layers"]),
+    "a weight that MTP heads cannot have": (
+        dict(mtp_num_layers=1, dft_mtp=True, loss="eaft"),
+        ["--dft-mtp", "eaft"],
+    ),
+    "MTP with a reference": (dict(mtp_num_layers=1, kl_coeff=0.1), ["--mtp-num-layers"]),
     "Megatron's own SFT": (dict(sft=True), ["--sft", "--train-data"]),
     "a dtype for nothing": (dict(save_hf_interval=2), ["--save-hf-interval", "--save-hf"]),
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
