@@ -23,12 +23,13 @@ CONFIGURATION_ERROR = 2
 
 def _requested_device(argv: Sequence[str]) -> str:
     """--device, before Megatron's parser exists: its import must find the runtime in place."""
+    chosen = "auto"
     for index, word in enumerate(argv):
         if word == "--device" and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith("--device="):
-            return word.split("=", 1)[1]
-    return "auto"
+            chosen = argv[index + 1]
+        elif word.startswith("--device="):
+            chosen = word.split("=", 1)[1]
+    return chosen
 
 
 def _is_first_local_rank() -> bool:
