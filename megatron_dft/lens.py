@@ -13,7 +13,11 @@ from megatron.training import get_tensorboard_writer
 from megatron_dft import compat
 from megatron_dft.arguments import settings
 from megatron_dft.drift.anchor import L2SP
-from megatron_dft.drift.megatron_parameters import all_labels, tracked_parameters
+from megatron_dft.drift.megatron_parameters import (
+    all_labels,
+    inner_optimizers,
+    tracked_parameters,
+)
 from megatron_dft.drift.training import MODEL, UpdateTracker
 
 
@@ -44,8 +48,7 @@ class Lens:
         )
 
     def _anchor(self, optimizer: Any) -> None:
-        for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-            self.anchors.append(L2SP(member.optimizer, self.args.l2sp_coeff))
+        self.anchors = [L2SP(o, self.args.l2sp_coeff) for o in inner_optimizers(optimizer)]
 
     def after_step(self, chunks: list[Any], iteration: int) -> None:
         """Measure and log where it is time. Collective."""

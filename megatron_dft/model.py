@@ -10,6 +10,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_dft import compat, logits_probe
 from megatron_dft.arguments import settings
+from megatron_dft.hf.config import apply_to_model_config
 from megatron_dft.hf.keys import with_te_keys
 from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
@@ -32,8 +33,9 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     if args.mtp_num_layers:
         compat.separate_mtp_losses()
     config = gpt_config_from_args(args)
-    # gpt_config_from_args leaves it at 8.0 whatever --rope-scaling-factor says (0.19.2).
-    config.rope_scaling_factor = args.rope_scaling_factor
+    checkpoint = settings().checkpoint
+    if checkpoint is not None:
+        apply_to_model_config(config, checkpoint)
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_layer_spec
 

@@ -41,7 +41,7 @@ class Output:
     def __init__(self, args: Any, handle: ModelHandle) -> None:
         self.args, self.handle = args, handle
         self.progress: Progress | None = None
-        self.metrics: dict[str, float] = {}
+        self.losses: dict[str, Any] = {}
 
     def install(self) -> None:
         """Hook the progress line and the exports into the training loop."""
@@ -67,7 +67,8 @@ class Output:
                 get_tensorboard_writer(),
             )
         self.progress.log(losses, call)
-        self.metrics = {name: float(value) for name, value in losses.items()}
+        # As they are: reading them here would wait for the device in every step.
+        self.losses = losses
 
     def _after_step(self, chunks: list[Any], iteration: int) -> None:
         self.handle.lens.after_step(chunks, iteration)
@@ -81,7 +82,7 @@ class Output:
         assert checkpoint is not None
         compat.sync_parameters(self.handle.chunks, self.args)
         # The figures are known to the last pipeline stage; the first rank writes the card.
-        metrics: list[Any] = [self.metrics]
+        metrics: list[Any] = [{name: float(value) for name, value in self.losses.items()}]
         dist.broadcast_object_list(metrics, src=dist.get_world_size() - 1)
         name = self.args.save_hf_dtype
         path = save_hf(

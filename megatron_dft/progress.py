@@ -62,20 +62,18 @@ class Progress:
 
     def log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
         """Print a line for this step; removes the histogram and the token count from `losses`."""
-        histogram = [
-            float(losses.pop(histogram_key(i)))
-            for i in range(HISTOGRAM_BINS)
-            if histogram_key(i) in losses
-        ]
+        keys = [histogram_key(i) for i in range(HISTOGRAM_BINS)]
+        shares = [losses.pop(key) for key in keys if key in losses]
         if TOKENS in losses:
-            self.tokens += float(losses.pop(TOKENS)) * self.micro_batches
+            # Summed where it is: reading it here would wait for the device in every step.
+            self.tokens = self.tokens + losses.pop(TOKENS) * self.micro_batches
         if not losses:
             return
         self.done += 1
         step = call["iteration"]
         if self.writer is not None:
-            for index, share in enumerate(histogram):
-                self.writer.add_scalar(histogram_key(index), share, step)
+            for key, share in zip(keys, shares, strict=False):
+                self.writer.add_scalar(key, float(share), step)
         if not self.prints or (step % self.interval and not call.get("is_first_iteration")):
             return
         now = time.monotonic()
@@ -83,12 +81,15 @@ class Progress:
         if self.mark is not None:
             elapsed = now - self.mark
             left = (self.steps - step) * elapsed / self.done
-            pace = [f"{self.tokens / elapsed:,.0f} trained tokens/s", f"{duration(left)} left"]
+            pace = [
+                f"{float(self.tokens) / elapsed:,.0f} trained tokens/s",
+                f"{duration(left)} left",
+            ]
         self.mark = now
         self.tokens, self.done = 0.0, 0
         figures = {name: float(value) for name, value in losses.items()}
         if self.style != "off":
-            self._print(step, figures, histogram, call, pace)
+            self._print(step, figures, [float(share) for share in shares], call, pace)
 
     def _print(
         self,
