@@ -93,10 +93,18 @@ class VocabParallelStatistics(torch.autograd.Function):
         rows = _Rows(target_T != call.ignore_index, call.chunk_bytes)
         target = rows.of(target_T)
         local = logits_TV.new_empty(call.want.count, len(target), dtype=statistics_dtype(logits_TV))
+        # e^{z−m} written over the logits is all that the gradient of log p needs.
+        keep_exp = (
+            call.overwrite_logits
+            and ctx.needs_input_grad[0]
+            and rows.all
+            and logits_TV.dtype == local.dtype
+            and call.want == Wanted()
+        )
         buffer = None
         for chunk in rows.chunks(logits_TV):
             part = rows.load(logits_TV, chunk)
-            buffer = _buffer(part, buffer)
+            buffer = part if keep_exp else _buffer(part, buffer)
             local[:, chunk] = shard_statistics(
                 part,
                 target[chunk],
@@ -109,6 +117,8 @@ class VocabParallelStatistics(torch.autograd.Function):
         done = finish(merge(gathered, call.want), call.want)
         rank = 0 if call.group is None else dist.get_rank(call.group)
         ctx.gradient = LogitGradient.of(done, gathered, call.want, rank, target, call.vocab_start)
+        if keep_exp:
+            ctx.gradient.shard_maximum_T = local[0]
         ctx.call, ctx.rows = call, rows
         ctx.save_for_backward(logits_TV, reference_TV)
         values = (

@@ -28,6 +28,8 @@ class LogitGradient:
     target_T: Tensor
     vocab_start: int
     top_count_T: Tensor | None  # how many of the k likeliest tokens this shard holds
+    # Set where the forward left e^{z−m} in the logits' place, m being the shard's own maximum.
+    shard_maximum_T: Tensor | None = None
     upstream: tuple[Tensor | None, ...] = ()
 
     @classmethod
@@ -55,7 +57,10 @@ class LogitGradient:
     def chunk(
         self, logits_TV: Tensor, rows: slice, buffer_TV: Tensor, reference_TV: Tensor | None
     ) -> Tensor:
-        """Gradient of a chunk of logits, in `buffer_TV` (statistics dtype, overwritten)."""
+        """Gradient of a chunk of logits, in `buffer_TV` (statistics dtype, overwritten).
+
+        With `shard_maximum_T` the chunk holds e^{z−m} and is its own buffer.
+        """
         grads = [g if g is None else g[rows].to(buffer_TV.dtype) for g in self.upstream]
         g_log_prob, g_entropy, g_top, g_sq, g_kl = grads
         done = self.done
@@ -66,7 +71,8 @@ class LogitGradient:
         if g_top is not None:  # first: the buffer may be the logits' own storage
             assert done.top_prob is not None
             top = logits_TV.topk(min(len(done.top_prob), vocab), dim=-1)
-        torch.sub(logits_TV, maximum.unsqueeze(1), out=buffer_TV)
+        if self.shard_maximum_T is None:
+            torch.sub(logits_TV, maximum.unsqueeze(1), out=buffer_TV)
         # dz = p·(a + b·log p + c·p) + terms at single tokens − g_K q
         a = torch.zeros_like(maximum)
         if g_log_prob is not None:
@@ -79,7 +85,11 @@ class LogitGradient:
         if g_sq is not None:
             assert done.sum_sq_prob is not None
             a -= 2.0 * g_sq * done.sum_sq_prob[rows]
-        if g_entropy is None and g_sq is None:
+        if self.shard_maximum_T is not None:
+            shard_maximum = self.shard_maximum_T[rows]
+            a = a * torch.where(shard_maximum == -torch.inf, 0.0, (shard_maximum - maximum).exp())
+            gradient = logits_TV.mul_((a / sum_exp).unsqueeze(1))
+        elif g_entropy is None and g_sq is None:
             gradient = buffer_TV.exp_().mul_((a / sum_exp).unsqueeze(1))
         else:
             gradient = self._mixed(buffer_TV, sum_exp, a, g_entropy, g_sq)
