@@ -16,6 +16,7 @@ import csv
 import gc
 import importlib.util
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -138,15 +139,15 @@ def measure(name, case, options, group, communication) -> dict:
     return {**row, "collectives": calls, "comm-MiB": sent / MIB, "rank": rank}
 
 
-def run_rank(rank: int, size: int, store: str, options, queue) -> None:
-    """All cases of one tensor-parallel size."""
+def run_rank(rank: int, size: int, directory: str, options) -> None:
+    """All cases of one tensor-parallel size; rank 0 leaves them in DIRECTORY/rows.json."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(max(1, options.threads // size))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=size
+        "nccl" if cuda else "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size
     )
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     communication = Communication()
@@ -170,7 +171,7 @@ def run_rank(rank: int, size: int, store: str, options, queue) -> None:
             if rank == 0:
                 print_row(rows[-1])
     if rank == 0:
-        queue.put(rows)
+        Path(directory, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
@@ -254,7 +255,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--source", choices=("hidden", "logits"), default="hidden")
-    parser.add_argument("--chunk-size", type=int, default=256, help="[tokens]")
+    parser.add_argument("--chunk-size", type=int, default=352, help="[tokens]")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--methods", nargs="+", help="default: all that run here")
@@ -273,15 +274,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    context = torch.multiprocessing.get_context("spawn")
     rows: list[dict] = []
     for size in options.tensor_parallel:
         with tempfile.TemporaryDirectory() as directory:
-            queue = context.SimpleQueue()
-            arguments = (size, f"{directory}/store", options, queue)
-            ranks = torch.multiprocessing.spawn(run_rank, arguments, size, join=False)
-            rows += queue.get()
-            ranks.join()
+            # spawn raises here when a rank dies, also when the system killed it
+            torch.multiprocessing.spawn(run_rank, (size, directory, options), size)
+            rows += json.loads(Path(directory, "rows.json").read_text())
     linear_fits(rows)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
