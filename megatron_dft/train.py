@@ -116,6 +116,8 @@ def _train(args: Any) -> None:
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     compat.fail_on_silent_exits()
+    if not args.async_save:
+        compat.collect_write_results_here()
     handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
     out = output.Output(args, handle)
