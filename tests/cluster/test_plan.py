@@ -75,7 +75,10 @@ def _measure():
 
 
 LAYOUTS = [
+    ("llama", dict(tensor_model_parallel_size=2), memory.Layout(2, 1, 1, 1)),
     ("qwen2", dict(pipeline_model_parallel_size=2), memory.Layout(1, 2, 1, 1)),
+    ("qwen3-moe", dict(expert_model_parallel_size=2), memory.Layout(1, 1, 1, 2, 2)),
+    ("llama", dict(use_distributed_optimizer=True), memory.Layout(1, 1, 1, 2)),
 ]
 
 
