@@ -68,11 +68,14 @@ class _Rows:
     def chunks(self, source_TV: Tensor):
         return row_chunks(len(self.index), source_TV.shape[1], self.chunk_bytes, source_TV.device)
 
-    def load(self, source_TV: Tensor, chunk: slice) -> Tensor:
-        """These rows: a view where every row is supervised, else a copy."""
+    def load(self, source_TV: Tensor, chunk: slice, kept: Tensor | None) -> Tensor:
+        """These rows: a view where every row is supervised, else a copy, in `kept` if it fits."""
         if self.all:
             return source_TV[chunk]
-        return source_TV.index_select(0, self.index[chunk])
+        index = self.index[chunk]
+        if kept is None or kept.dtype != source_TV.dtype or len(kept) < len(index):
+            return source_TV.index_select(0, index)
+        return torch.index_select(source_TV, 0, index, out=kept[: len(index)])
 
 
 def _buffer(like_TV: Tensor, kept: Tensor | None) -> Tensor:
@@ -94,24 +97,29 @@ class VocabParallelStatistics(torch.autograd.Function):
         target = rows.of(target_T)
         local = logits_TV.new_empty(call.want.count, len(target), dtype=statistics_dtype(logits_TV))
         # e^{z−m} written over the logits is all that the gradient of log p needs.
+        same_dtype = logits_TV.dtype == local.dtype
         keep_exp = (
             call.overwrite_logits
             and ctx.needs_input_grad[0]
             and rows.all
-            and logits_TV.dtype == local.dtype
+            and same_dtype
             and call.want == Wanted()
         )
-        buffer = None
+        part_is_copy = same_dtype and not rows.all
+        part = buffer = reference = None
         for chunk in rows.chunks(logits_TV):
-            part = rows.load(logits_TV, chunk)
-            buffer = part if keep_exp else _buffer(part, buffer)
+            part = rows.load(logits_TV, chunk, part)
+            # A copy of fp32 rows is lost without harm: one buffer for the whole pass.
+            buffer = part if keep_exp or part_is_copy else _buffer(part, buffer)
+            if reference_TV is not None:
+                reference = rows.load(reference_TV, chunk, reference)
             local[:, chunk] = shard_statistics(
                 part,
                 target[chunk],
                 call.vocab_start,
                 call.want,
                 buffer,
-                None if reference_TV is None else rows.load(reference_TV, chunk),
+                reference,
             )
         gathered = gather_statistics(local, call.group)
         done = finish(merge(gathered, call.want), call.want)
@@ -143,19 +151,23 @@ class VocabParallelStatistics(torch.autograd.Function):
             out = logits_TV.detach()
         else:
             out = torch.empty_like(logits_TV) if rows.all else torch.zeros_like(logits_TV)
-        in_place = rows.all and out.dtype == statistics_dtype(out)
-        buffer = None
+        same_dtype = out.dtype == statistics_dtype(out)
+        part = buffer = reference = None
         for chunk in rows.chunks(logits_TV):
-            part = rows.load(logits_TV, chunk)
-            buffer = out[chunk] if in_place else _buffer(part, buffer)
-            reference = None if reference_TV is None else rows.load(reference_TV, chunk)
+            part = rows.load(logits_TV, chunk, part)
+            if same_dtype:  # the gradient's own place, or a copy of the rows
+                buffer = out[chunk] if rows.all else part
+            else:
+                buffer = _buffer(part, buffer)
+            if reference_TV is not None:
+                reference = rows.load(reference_TV, chunk, reference)
             gradient = ctx.gradient.chunk(part, chunk, buffer, reference)
             if not rows.all:
                 out.index_copy_(0, rows.index[chunk], gradient.to(out.dtype))
-            elif not in_place:
+            elif not same_dtype:
                 out[chunk] = gradient
         if overwrite and not rows.all:
             ignored = torch.ones(len(out), dtype=torch.bool, device=out.device)
             ignored[rows.index] = False
-            out[ignored] = 0.0
+            out.index_fill_(0, ignored.nonzero().squeeze(1), 0.0)
         return out, None, None, None
