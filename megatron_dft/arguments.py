@@ -172,6 +172,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="pull the weights back to --hf-model's by lr · LAMBDA · (θ − θ₀) in each step "
         "(L2-SP, arXiv 1802.01483, decoupled from Adam's scaling)",
     )
+    group.add_argument(
+        "--kl-target",
+        type=float,
+        metavar="NATS",
+        help="hold the mean KL(reference ‖ model) of the supervised tokens here by adapting "
+        "--kl-coeff after each step, from the value given, by at most a factor of 100",
+    )
+    group.add_argument(
+        "--relative-norm-target",
+        type=float,
+        metavar="SHARE",
+        help="hold ‖θ − θ₀‖/‖θ₀‖ here by adapting --l2sp-coeff after each step, from the value "
+        "given, by at most a factor of 100; measures the norm in every step",
+    )
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
     _resolve(parser)

@@ -265,6 +265,20 @@ def _check_batch(args: argparse.Namespace, world_size: int) -> None:
         )
 
 
+def _check_targets(args: argparse.Namespace) -> None:
+    for dest, coefficient in (("kl_target", "kl_coeff"), ("relative_norm_target", "l2sp_coeff")):
+        target = getattr(args, dest)
+        if target is None:
+            continue
+        if not 0 < target < float("inf"):
+            raise ValueError(f"{flag_of(dest)}: expected a number above 0, got {target}")
+        if not getattr(args, coefficient):
+            raise ValueError(
+                f"{flag_of(dest)}: expected {flag_of(coefficient)} above 0 to start from, got 0; "
+                "give both"
+            )
+
+
 def _check_output(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
     if args.save is not None and args.save_interval is None:
         raise ValueError(
@@ -277,6 +291,7 @@ def _check_output(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> 
         )
     if not 0 <= args.l2sp_coeff < float("inf"):
         raise ValueError(f"--l2sp-coeff: expected a number of 0 or more, got {args.l2sp_coeff}")
+    _check_targets(args)
     if args.save_hf is None:
         if args.save_hf_interval is not None:
             raise ValueError("--save-hf-interval: expected --save-hf DIR beside it, got none")

@@ -2,7 +2,7 @@
 
 --log-drift-interval N logs ‖θ − θ₀‖, its ratio to ‖θ₀‖ and the share of weights unchanged at bf16,
 of the whole model and of groups of layers. --l2sp-coeff λ pulls the weights back to θ₀ in the
-optimizer's step. θ₀ are the Hugging Face weights, also in a resumed run.
+optimizer's step. θ₀ are the Hugging Face weights, also in a resumed run. targets.py adapts λ.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_dft.drift.megatron_parameters import (
     tracked_parameters,
 )
 from megatron_dft.drift.training import MODEL, UpdateTracker
+from megatron_dft.targets import Targets
 
 
 def is_wanted(args: Any) -> bool:
@@ -33,13 +34,14 @@ class Lens:
         self.args = args
         self.tracker: UpdateTracker | None = None
         self.anchors: list[L2SP] = []
+        self.targets = Targets(args, self.anchors)
         if args.l2sp_coeff:
             # The optimizer copies the weights when it is made, before a checkpoint is loaded.
             compat.on_optimizer_built(self._anchor)
 
     def track(self, chunks: list[Any]) -> None:
         """Remember the starting weights, on the CPU."""
-        if not self.args.log_drift_interval:
+        if not (self.args.log_drift_interval or self.targets.needs_norm):
             return
         layers = self.args.num_layers
         vocab_size = settings().vocab_size or self.args.padded_vocab_size
@@ -48,26 +50,33 @@ class Lens:
         )
 
     def _anchor(self, optimizer: Any) -> None:
-        self.anchors = [L2SP(o, self.args.l2sp_coeff) for o in inner_optimizers(optimizer)]
+        self.anchors[:] = [L2SP(o, self.args.l2sp_coeff) for o in inner_optimizers(optimizer)]
 
     def after_step(self, chunks: list[Any], iteration: int) -> None:
-        """Measure and log where it is time. Collective."""
+        """Measure, log where it is time, and steer the anchors. Collective."""
         interval = self.args.log_drift_interval
-        if self.tracker is None or iteration % interval:
-            return
-        compat.sync_parameters(chunks, self.args)
-        table = self.tracker.measure()
-        writer = get_tensorboard_writer()
-        if writer is not None:
-            for label, figures in table.items():
-                for name, value in figures.items():
-                    writer.add_scalar(f"drift/{label}/{name}", value, iteration)
-        if dist.get_rank() == dist.get_world_size() - 1:
-            whole = table.pop(MODEL)
-            groups = " | ".join(f"{k} {v['relative_norm']:.2e}" for k, v in table.items())
-            print(
-                f"drift at step {iteration}: norm {whole['update_norm']:.6g}, relative "
-                f"{whole['relative_norm']:.6g}, unchanged at bf16 {whole['unchanged_bf16']:.6f}"
-                f" | relative by group: {groups}",
-                flush=True,
-            )
+        is_logged = bool(interval) and iteration % interval == 0
+        table = None
+        if self.tracker is not None and (is_logged or self.targets.needs_norm):
+            compat.sync_parameters(chunks, self.args)
+            table = self.tracker.measure()
+        self.targets.after_step(table)
+        if table is not None and is_logged:
+            _log(table, iteration)
+
+
+def _log(table: dict[str, dict[str, float]], iteration: int) -> None:
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        for label, figures in table.items():
+            for name, value in figures.items():
+                writer.add_scalar(f"drift/{label}/{name}", value, iteration)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        whole = table[MODEL]
+        groups = " | ".join(f"{k} {v['relative_norm']:.2e}" for k, v in table.items() if k != MODEL)
+        print(
+            f"drift at step {iteration}: norm {whole['update_norm']:.6g}, relative "
+            f"{whole['relative_norm']:.6g}, unchanged at bf16 {whole['unchanged_bf16']:.6f}"
+            f" | relative by group: {groups}",
+            flush=True,
+        )

@@ -54,6 +54,7 @@ class Output:
             self.export(Path(self.args.save_hf))
 
     def _log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        self.handle.lens.targets.before_log(losses)
         if self.progress is None:
             # One-time set-up here: the global batch and the writers exist only inside the loop.
             args = self.args

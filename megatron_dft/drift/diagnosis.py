@@ -122,10 +122,14 @@ def diagnose(
     frequency = np.bincount(inverse)[inverse]
     low, sure = tokens.prob < LOW, tokens.entropy < SURE_NATS
     overall = _group(tokens, everything)
+    # An end-of-turn token is no knowledge: in short answers it would lift the mean past any level.
+    said = classes != "special"
+    words = _group(tokens, said) if said.any() else overall
     # Rare: each occurrence among those ids that together make up the rarest tenth of the data.
     rare = frequency <= np.quantile(frequency, 0.1)
     return {
         "overall": overall,
+        "without_special": words,
         "places": {
             place_name(a, b): _group(tokens, here)
             for a, b in PLACES
@@ -136,7 +140,7 @@ def diagnose(
         "missing_knowledge": _listing(tokens, low & ~sure, text_of),
         "rare_but_right": _listing(tokens, rare & (tokens.prob > STRONG), text_of),
         "map": _map(tokens),
-        "recommendation": recommend(overall),
+        "recommendation": recommend(words),
     }
 
 
@@ -150,14 +154,17 @@ def _map(tokens: _Tokens) -> dict[str, Any]:
 
 
 def recommend(overall: dict[str, Any]) -> dict[str, str]:
-    """{"loss": sft | dft | dft-mix | asft, "reason": …} from the overall numbers.
+    """{"loss": sft | dft | dft-mix | asft, "reason": …} from the numbers of all words.
 
     Outside the published thresholds the kind of unlikely token decides; that part is a heuristic
     of this tool and says so.
     """
     mean, low = overall["mean_prob"], overall["low"]
     outliers = overall["low_sure"] / low if low else 0.0
-    found = f"The base gives the data's tokens a mean probability of {mean:.3f}. "
+    found = (
+        f"The base gives the answers' tokens, special ones left out, a mean probability of "
+        f"{mean:.3f}. "
+    )
     if mean > STRONG:
         loss = "dft"
         reason = (

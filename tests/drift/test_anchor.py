@@ -110,6 +110,27 @@ def test_controller_resumes_where_it_stopped():
     assert got + [second.update(m) for m in measured[20:]] == want
 
 
+def test_controller_steps_by_its_formula():
+    """log c moves by gain·e + damping·(e − previous e), e = log(measured/target) within ±1."""
+    controller = TargetController(0.5, 2.0, gain=0.2, damping=0.7)
+    log_c, previous = math.log(2.0), None
+    for measured in (0.4, 0.6, 0.5, 50.0, 0.0, 1e-6, 0.45):
+        e = -1.0 if measured == 0 else min(max(math.log(measured / 0.5), -1.0), 1.0)
+        log_c += 0.2 * e + (0.0 if previous is None else 0.7 * (e - previous))
+        previous = e
+        assert controller.update(measured) == pytest.approx(math.exp(log_c), rel=1e-12)
+
+
+def test_a_resumed_controller_keeps_its_range():
+    first = TargetController(1.0, 2.0, range=10.0)
+    first.update(3.0)
+    second = TargetController(1.0, 500.0, range=10.0)
+    second.load_state_dict(first.state_dict())
+    for _ in range(100):
+        second.update(1e9)
+    assert second.coefficient == pytest.approx(20.0)
+
+
 def test_controller_stays_in_its_range():
     controller = TargetController(1.0, 2.0, range=10.0)
     for _ in range(500):

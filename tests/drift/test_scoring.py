@@ -81,6 +81,52 @@ def test_scores_equal_the_definitions(models, texts):
     assert np.allclose(column("top_prob"), p.max(1), rtol=1e-4)
 
 
+def test_batches_part_the_texts_and_keep_their_size():
+    texts = [(np.arange(n), np.ones(n, dtype=bool)) for n in (3, 9, 4, 12, 3, 30, 2)]
+    found = list(scoring.batches(texts, 12))
+    lengths = [[len(ids) for ids, _ in batch] for batch in found]
+    assert lengths == [[30], [12], [9], [4, 3, 3], [2]]
+    assert all(len(b) * b[0] <= 12 for b in lengths[1:])
+
+
+class _Table(torch.nn.Module):
+    """A model that gives the same logits at every position."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(logits))
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(len(self.weight), 1)
+
+    def forward(self, input_ids, use_cache):
+        return type("Out", (), {"logits": self.weight.expand(*input_ids.shape, -1)})
+
+
+def test_tokens_that_the_base_rules_out_add_nothing_to_the_kl():
+    ruled_out = _Table([0.0, 1.0, -math.inf])
+    tuned = _Table([1.0, 0.0, -math.inf])
+    text = [(np.array([0, 1, 0]), np.array([False, True, True]))]
+    p = np.exp([0.0, 1.0]) / np.exp([0.0, 1.0]).sum()
+    got = measure(ruled_out, tuned, text)
+    assert got["kl"] == pytest.approx((p * np.log(p / p[::-1])).sum(), rel=1e-6)
+    assert got["top1_agreement"] == 0
+    with pytest.raises(ValueError, match="vocabularies have 3 and 2 entries"):
+        measure(ruled_out, _Table([1.0, 0.0]), text)
+
+
+def test_pickled_weights_are_not_opened(models, tmp_path):
+    import shutil
+
+    directory = tmp_path / "pickled"
+    shutil.copytree(models[0], directory)
+    weights = scoring.load_model(directory).state_dict()
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+        scoring.load_model(directory)
+
+
 def test_places_count_within_each_answer():
     mask = np.array([0, 0, 1, 1, 1, 0, 1, 0, 1, 1], dtype=bool)
     assert scoring.answer_places(mask)[mask].tolist() == [0, 1, 2, 0, 0, 1]
@@ -140,10 +186,27 @@ def test_diagnosis_of_a_hand_made_table():
         "special": 1,
     }
     assert {k: v["tokens"] for k, v in got["places"].items()} == {"1": 1, "2–4": 3, "5–16": 1}
+    words = got["without_special"]  # the end token's 1/6 does not count
+    assert words["tokens"] == 4 and words["mean_prob"] == pytest.approx(chosen[:4].mean())
+    assert f"{chosen[:4].mean():.3f}" in got["recommendation"]["reason"]
     wrong = got["confidently_wrong"]
     assert [(w["text"], w["count"], w["instead"]) for w in wrong] == [("7", 1, " the")]
     assert [w["text"] for w in got["missing_knowledge"]] == ["7"]
     assert np.sum(got["map"]["counts"]) == 5
+
+
+def test_the_lists_name_what_the_model_would_rather_say():
+    """The most frequent alternative, not the rarest; rare means rare in this data."""
+    wrong_a = [0.001, 0.995, 0.001, 0.001, 0.001, 0.001]
+    wrong_b = [0.001, 0.001, 0.995, 0.001, 0.001, 0.001]
+    right_3, right_4 = np.eye(6)[3] * 0.94 + 0.01, np.eye(6)[4] * 0.94 + 0.01
+    p = [wrong_a, wrong_b, wrong_a] + [right_3.tolist()] + [right_4.tolist()] * 20
+    got = diagnosis.diagnose(
+        [scores_of(p, [0, 0, 0, 3] + [4] * 20)], WORDS.__getitem__, frozenset({5})
+    )
+    (wrong,) = got["confidently_wrong"]
+    assert (wrong["text"], wrong["count"], wrong["instead"]) == ("7", 3, " the")
+    assert [w["text"] for w in got["rare_but_right"]] == ["."]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +276,16 @@ def test_diagnose_command(models, files, tmp_path, capsys):
         "groups.png",
         "entropy.png",
     }
+
+
+def test_end_tokens_do_not_decide():
+    """A sure end token behind each unknown word: the words are new to the model."""
+    unsure, sure = [0.04, 0.24, 0.24, 0.24, 0.24, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    scores = scores_of([unsure, sure] * 9, [0, 5] * 9)
+    got = diagnosis.diagnose([scores], WORDS.__getitem__, frozenset({5}))
+    assert got["overall"]["mean_prob"] > 0.5 and got["recommendation"]["loss"] == "sft"
+    only = diagnosis.diagnose([scores_of([sure], [5])], WORDS.__getitem__, frozenset({5}))
+    assert only["recommendation"]["loss"] == "dft"
 
 
 def test_retention_command(models, files, tmp_path, capsys):

@@ -60,6 +60,15 @@ def test_one_process(dtype):
         UpdateTracker([TrackedParameter(live["a"], "z")], ["x"])
 
 
+def test_a_large_tensor_is_compared_in_pieces(monkeypatch):
+    monkeypatch.setattr("megatron_dft.drift.training._CHUNK", 7)
+    start = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    live = start.clone()
+    tracker = UpdateTracker([TrackedParameter(live, "w")], ["w"])
+    live += torch.arange(40) * 0.01
+    _values([(start, live)], tracker.measure()["model"])
+
+
 def _replicas_rank():
     """Rank r of 4: two model shards, each held by two replicas, one tensor on all four."""
     r = dist.get_rank()
