@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dft import checks
+from megatron_dft import checks, score_checks
 from megatron_dft.cpu import runtime
 from megatron_dft.data import flags as data_flags
 from megatron_dft.hf.config import megatron_args
@@ -73,6 +73,8 @@ class Settings:
     # The base that the run is compared with, and its frozen model once it is built (model.py).
     reference_checkpoint: HFCheckpoint | None = None
     reference: "ReferenceModel | None" = None
+    # Directory of the reference's stored log-probabilities, which the training rows then carry.
+    reference_scores: str | None = None
 
 
 def wants_cpu(device: str) -> bool:
@@ -89,8 +91,12 @@ def wants_cpu(device: str) -> bool:
     return device == "cpu" or not present
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_arguments(
+    parser: argparse.ArgumentParser, scoring: bool = False
+) -> argparse.ArgumentParser:
     """Add our flags to Megatron's parser and set what the model and the device decide.
+
+    scoring: for score.py, which takes the flags of training and some of its own.
 
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
@@ -152,6 +158,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "default: --hf-model",
     )
     group.add_argument(
+        "--dft-reference-scores",
+        metavar="DIR",
+        help="log-probabilities of the reference for iw-sft and psft, written by "
+        "megatron_dft.score: read beside the data, no frozen model is held",
+    )
+    group.add_argument(
         "--kl-coeff",
         type=float,
         default=0.0,
@@ -188,7 +200,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
-    _resolve(parser)
+    if scoring:
+        score_checks.add_scoring_arguments(parser)
+    _resolve(parser, scoring)
     return parser
 
 
@@ -221,6 +235,8 @@ def _reference(
     """The checkpoint of the frozen model, None where nothing is compared."""
     if not (args.kl_coeff or checks.REFERENCE_STATISTICS & objective.needs):
         return None
+    if args.dft_reference_scores is not None:
+        return None
     if args.dft_reference_model is None:
         return checkpoint
     reference = open_checkpoint(args.dft_reference_model, trust_remote_code=args.trust_remote_code)
@@ -240,7 +256,7 @@ def _gpu_defaults() -> dict[str, Any]:
     return defaults
 
 
-def _resolve(parser: argparse.ArgumentParser) -> None:
+def _resolve(parser: argparse.ArgumentParser, scoring: bool) -> None:
     global _settings
     given = given_flags(parser)
     defaults = dict(TRAINING_DEFAULTS)
@@ -265,9 +281,21 @@ def _resolve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     objective = registry.resolve(args)
+    if scoring:
+        score_checks.leave_out_training(args)
+        score_checks.check_scoring(args, checks.has_virtual_stages(args))
+        objective = registry.get("sft")
+    else:
+        score_checks.check_training(args, objective)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.check(args, world_size, checkpoint, objective)
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)
-    _settings = Settings(objective, checkpoint, vocab_size, _reference(args, checkpoint, objective))
+    _settings = Settings(
+        objective,
+        checkpoint,
+        vocab_size,
+        _reference(args, checkpoint, objective),
+        reference_scores=None if scoring else args.dft_reference_scores,
+    )

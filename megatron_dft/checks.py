@@ -132,10 +132,11 @@ def _check_objective(args: argparse.Namespace, objective: Objective) -> None:
             "choose iw-sft, psft, asft or --kl-coeff"
         )
     _check_mtp(args, objective, compares)
-    if compares and _virtual_stages(args):
+    if compares and args.dft_reference_scores is None and has_virtual_stages(args):
         raise ValueError(
             f"--loss {objective.name}: a reference model has not been proven under virtual "
-            "pipeline stages; drop --num-layers-per-virtual-pipeline-stage and its like"
+            "pipeline stages; drop --num-layers-per-virtual-pipeline-stage and its like, or give "
+            "--dft-reference-scores"
         )
     if args.loss_chunk_size is not None and (args.kl_coeff or "kl" in objective.needs):
         raise ValueError(
@@ -181,7 +182,8 @@ def _check_mtp(args: argparse.Namespace, objective: Objective, compares: bool) -
         )
 
 
-def _virtual_stages(args: argparse.Namespace) -> bool:
+def has_virtual_stages(args: argparse.Namespace) -> bool:
+    """Whether the flags cut a rank's pipeline stage into several."""
     return any(
         value is not None
         for value in (

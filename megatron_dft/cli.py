@@ -1,7 +1,8 @@
 """`megatron-dft COMMAND`: one command line for everything beside training.
 
-A command is a module with SUMMARY, add_arguments(parser) and run(args) → exit status; it is
-imported only when it is called, so that `megatron-dft --help` is quick.
+A command is a module with SUMMARY, add_arguments(parser) and run(args) → exit status, or with
+main(words) → exit status; it is imported only when it is called, so that `megatron-dft --help` is
+quick.
 """
 
 import argparse
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("megatron_dft.drift.command", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.retention_command", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.diagnose_command", "is DFT the right loss for this data?"),
+    "score": ("megatron_dft.score", "store a reference model's log-probabilities for iw-sft, psft"),
     "plan": ("megatron_dft.cluster.plan_command", "layouts and memory for a job"),
     "preflight": ("megatron_dft.cluster.preflight_command", "check the nodes of an allocation"),
     "patch": ("megatron_dft.patch_command", "put --loss into a stock Megatron-LM checkout"),
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-dft: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return USER_ERROR
     module = importlib.import_module(COMMANDS[name][0])
+    if hasattr(module, "main"):  # it has Megatron's own parser, as training has
+        return module.main(rest)
     parser = argparse.ArgumentParser(prog=f"megatron-dft {name}", description=module.SUMMARY)
     module.add_arguments(parser)
     args = parser.parse_args(rest)

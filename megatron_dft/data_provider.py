@@ -13,9 +13,10 @@ from megatron_dft.data.flags import cache_directory, dataset_options
 from megatron_dft.data.tokenizer import load_tokenizer
 
 
-def _build(
+def build(
     args: Any, flag: str, num_samples: int | None, shuffle: bool, progress: bool = False
 ) -> ChatDataset:
+    """The data set of --train-data or --valid-data (`flag`) under the run's flags."""
     checkpoint = settings().checkpoint
     assert checkpoint is not None
     tokenizer = load_tokenizer(
@@ -34,6 +35,7 @@ def _build(
         batch_multiple=1 if shuffle else args.global_batch_size,
         progress=progress,
         flag=flag,
+        reference_scores=settings().reference_scores if flag == "--train-data" else None,
         **options,
     )
 
@@ -44,9 +46,9 @@ def prepare(args: Any) -> None:
     Called on the first rank of each node; the others find the cache when they build.
     """
     if args.train_data and not args.skip_train:
-        _build(args, "--train-data", None, shuffle=True, progress=True)
+        build(args, "--train-data", None, shuffle=True, progress=True)
     if args.valid_data:
-        _build(args, "--valid-data", None, shuffle=False, progress=True)
+        build(args, "--valid-data", None, shuffle=False, progress=True)
 
 
 def _guard_resume(args: Any, train: ChatDataset) -> None:
@@ -72,12 +74,12 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
     args = get_args()
     train = valid = None
     if args.train_data and not args.skip_train:
-        train = _build(args, "--train-data", num_samples[0], shuffle=True)
+        train = build(args, "--train-data", num_samples[0], shuffle=True)
         _guard_resume(args, train)
         counted = {name: count for name, count in train.counts.items() if count}
         print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
     if args.valid_data and (args.full_validation or args.eval_iters):
-        valid = _build(args, "--valid-data", num_samples[1], shuffle=False)
+        valid = build(args, "--valid-data", num_samples[1], shuffle=False)
     return train, valid, None
 
 

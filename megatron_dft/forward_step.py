@@ -32,7 +32,7 @@ from megatron_dft.report import loss_report
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
 _PLAIN = registry.get("sft")
-_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
+_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "reference_log_prob")
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
@@ -41,12 +41,14 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
     Every rank of a replica reads the same rows itself (the data set is the same pure function of
     the sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
 
-    Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s]; under context
-    parallelism held int64 [s] (global positions); for packed rows cu_seqlens int32 [n+1] (global,
+    Returns: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s], and with
+    --dft-reference-scores reference_log_prob fp32 [b, s]; under context parallelism held int64 [s]
+    (global positions); for packed rows cu_seqlens int32 [n+1] (global,
     each conversation with its padding) and max_seqlen (int), b is 1 then.
     """
     raw = next(data_iterator)
-    batch: dict[str, Any] = {key: raw[key].cuda(non_blocking=True) for key in _PER_TOKEN}
+    per_token = [key for key in _PER_TOKEN if key in raw]
+    batch: dict[str, Any] = {key: raw[key].cuda(non_blocking=True) for key in per_token}
     boundaries = None
     if "cu_seqlens" in raw:
         # One packed row a micro-batch (checks.py); rows are filled up with copies of the last edge.
@@ -60,7 +62,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> dict[str, Any]:
         rank = mpu.get_context_parallel_rank()
         length = batch["tokens"].shape[1]
         held = token_indices(length, size, rank, boundaries, batch["tokens"].device)
-        for key in _PER_TOKEN:
+        for key in per_token:
             batch[key] = batch[key].index_select(1, held)
         batch["held"] = held
     return batch
@@ -86,6 +88,8 @@ def packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
 def _token_stats(batch: dict[str, Any]) -> dict[str, Any]:
     """Fields of TokenStats that the micro-batch itself knows: which conversation a token is of."""
     stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
+    if "reference_log_prob" in batch:
+        stats["reference_log_prob"] = batch["reference_log_prob"]
     if "cu_seqlens" in batch:
         boundaries, tokens = batch["cu_seqlens"], batch["tokens"]
         positions = batch.get("held")
@@ -178,8 +182,14 @@ def _run_reference(batch: dict[str, Any], packed: PackedSeqParams | None, model:
         batch["stats"]["reference_log_prob"] = -cross_entropy.float()
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
-    """One micro-batch through one model chunk; the callback of Megatron's schedules."""
+def run_model(
+    data_iterator: Iterator[dict[str, Tensor]], model: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """One micro-batch through one model chunk: the batch of `get_batch` and the chunk's output.
+
+    The last stage's output is fp32 [b, s]: as `loss_func` takes it, and in evaluation mode the
+    plain cross entropy in both routes.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
@@ -200,4 +210,10 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
         packed_seq_params=packed,
         **route_2,
     )
+    return batch, output_tensor
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through one model chunk; the callback of Megatron's schedules."""
+    batch, output_tensor = run_model(data_iterator, model)
     return output_tensor, partial(loss_func, batch, model=model)

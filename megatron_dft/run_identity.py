@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.arguments import settings
+from megatron_dft.data.reference_scores import ReferenceScores
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 # They say who wrote the file and how, not what the model is.
@@ -19,6 +20,9 @@ def run_identity() -> dict[str, Any]:
     """JSON values by the names that --allow-change takes; the same on every rank."""
     chosen = settings()
     identity: dict[str, Any] = {"loss": {"name": chosen.objective.name, **chosen.objective.values}}
+    if chosen.reference_scores is not None:
+        scores = ReferenceScores(chosen.reference_scores)
+        identity["loss"]["reference_scores"] = scores.header["sha256"]
     if chosen.checkpoint is not None:
         path = chosen.checkpoint.path
         identity["model"] = _model(path)

@@ -9,11 +9,12 @@ import time
 
 _PROGRAM_START = time.time()
 
+import functools  # noqa: E402
 import os  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
 from megatron_dft.cluster import status  # noqa: E402
@@ -41,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A user's mistake is one line on standard error (from the first rank of each node) and status 2.
     """
+    return launch(argv, _train)
+
+
+def launch(argv: Sequence[str] | None, work: Callable[[Any], None], scoring: bool = False) -> int:
+    """Resolve the flags and do `work(args)`: what training and scoring (score.py) share."""
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
     try:
-        args = _configure(sys.argv[1:])
+        args = _configure(sys.argv[1:], scoring)
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
         if _is_first_local_rank():
@@ -52,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             status.record("refused", _one_line(error))
         return CONFIGURATION_ERROR
-    _train(args)
+    work(args)
     return 0
 
 
@@ -64,7 +70,7 @@ def _one_line(error: Exception) -> str:
     return f"Megatron requires: {frame.line} ({frame.filename}:{frame.lineno})"
 
 
-def _configure(argv: Sequence[str]) -> Any:
+def _configure(argv: Sequence[str], scoring: bool) -> Any:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
@@ -88,17 +94,24 @@ def _configure(argv: Sequence[str]) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_dft import data_provider
     from megatron_dft.cluster import flags as recovery_flags
 
     # Megatron's parse_and_validate_args with one step more: the data is read before
     # set_global_variables opens the first file to write.
-    args = parse_args(extra_args_provider=recovery_flags.before(add_arguments))
+    add = functools.partial(add_arguments, scoring=scoring)
+    args = parse_args(extra_args_provider=recovery_flags.before(add))
+    if scoring:
+        from megatron_dft import score, score_checks
+
+        score_checks.leave_out_training(args)
     validate_args(args)
     recovery_flags.check(args)
     if _is_first_local_rank():
-        from megatron_dft import data_provider
-
-        data_provider.prepare(args)
+        if scoring:
+            score.prepare(args)
+        else:
+            data_provider.prepare(args)
     set_global_variables(args)
     return args
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from megatron_dft.data.order import EpochOrder
 from megatron_dft.data.overlong import OVERLONG, Conversations
 from megatron_dft.data.prepare import PrepareOptions, prepare
+from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.data.row_plan import RowPlan, pack_granularity
 from megatron_dft.data.rows import build_row
 from megatron_dft.data.sources import parse_sources
@@ -29,6 +30,8 @@ class ChatDataset(Dataset):
         plan: which conversations share a row.
         counts: conversations and tokens that were left out or cut, by reason.
         identity: what the rows depend on, for fingerprint.check_resume.
+        pad_multiple: positions that each conversation is padded to.
+        scores: a reference's log-probabilities of the conversations, None for rows without.
     """
 
     def __init__(
@@ -41,14 +44,14 @@ class ChatDataset(Dataset):
         pad_multiple: int,
         packing: bool,
         identity: dict[str, Any],
+        scores: ReferenceScores | None = None,
     ) -> None:
+        self.scores = scores
         self.conversations, self.plan, self.identity = conversations, plan, identity
         self.counts = conversations.counts
-        self._row: dict[str, Any] = dict(
-            seq_length=seq_length, pad_id=pad_id, pad_multiple=pad_multiple
-        )
+        self._seq_length, self._pad_id, self.pad_multiple = seq_length, pad_id, pad_multiple
         # One more for the padding behind the last conversation.
-        self._row["max_segments"] = plan.most_members() + 1 if packing else None
+        self._max_segments = plan.most_members() + 1 if packing else None
 
     @property
     def rows_per_pass(self) -> int:
@@ -62,8 +65,19 @@ class ChatDataset(Dataset):
         """Sample `index`; keys, dtypes and shapes as rows.build_row gives them."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        members = self.plan.members(index)
-        return build_row([self.conversations[int(m)] for m in members], **self._row)
+        return self.row([int(m) for m in self.plan.members(index)])
+
+    def row(self, members: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A row of these conversations, which have to fit; as `__getitem__` gives it."""
+        segments = self._max_segments
+        return build_row(
+            [self.conversations[m] for m in members],
+            max_segments=None if segments is None else max(segments, len(members) + 1),
+            reference_log_prob=None if self.scores is None else [self.scores[m] for m in members],
+            seq_length=self._seq_length,
+            pad_id=self._pad_id,
+            pad_multiple=self.pad_multiple,
+        )
 
 
 def build_dataset(
@@ -88,6 +102,7 @@ def build_dataset(
     workers: int | None = None,
     progress: bool = False,
     flag: str = "--train-data",
+    reference_scores: str | os.PathLike[str] | None = None,
 ) -> ChatDataset:
     """Tokenises (or finds in the cache) and orders a data set.
 
@@ -108,6 +123,8 @@ def build_dataset(
         cache_dir: where the tokenised data is kept; None keeps it in memory.
         workers: tokenising processes; None for one a core.
         flag: the command line flag that errors name.
+        reference_scores: directory of a reference model's log-probabilities of these conversations
+            (reference_scores.py); rows then carry them.
 
     Raises ValueError with one line for every fault of the data or of the settings.
     """
@@ -140,6 +157,9 @@ def build_dataset(
         "packing": packing,
         "pack_granularity": granularity,
     }
+    scores = None
+    if reference_scores is not None:
+        scores = ReferenceScores(reference_scores).attach(conversations, identity)
     plan = RowPlan(
         EpochOrder(conversations.sizes(), weights, seed),
         conversations.lengths() - 1,  # the last token of each is a label only
@@ -161,4 +181,5 @@ def build_dataset(
         pad_multiple=pad_multiple,
         packing=packing,
         identity=identity,
+        scores=scores,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,13 @@ class Conversations:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def digest(self) -> str:
+        """Which conversations are used and where they are cut, as a hash."""
+        found = hashlib.sha256()
+        for array in (*self._kept, *self._ends):
+            found.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return found.hexdigest()[:32]
 
     def __getitem__(self, number: int) -> np.ndarray:
         """uint32 [n]: flagged tokens of one conversation (see spec.SUPERVISED)."""

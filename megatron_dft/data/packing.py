@@ -56,7 +56,7 @@ def pack(
     from megatron_dft.data.order import permutation
 
     rows: list[np.ndarray] = []
-    for begin, end in _windows(lengths[order], capacity * WINDOW_ROWS):
+    for begin, end in windows(lengths[order], capacity * WINDOW_ROWS):
         window = order[begin:end]
         for positions in _best_fit_decreasing(lengths[window], capacity):
             rows.append(window[positions])
@@ -67,7 +67,7 @@ def pack(
     return Packs(members.astype(np.int64, copy=False), np.cumsum(counts))
 
 
-def _windows(lengths: np.ndarray, tokens: int) -> list[tuple[int, int]]:
+def windows(lengths: np.ndarray, tokens: int) -> list[tuple[int, int]]:
     """[begin, end) of consecutive windows of about `tokens` tokens each."""
     if not len(lengths):
         return []

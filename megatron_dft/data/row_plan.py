@@ -89,6 +89,13 @@ class RowPlan:
         packs = self._epochs[epoch]
         return packs.row(row) if row < len(packs) else packs.members[:0]
 
+    def rows_of(self, conversations: np.ndarray) -> list[list[int]]:
+        """These conversations (int64), each once, in rows like the plan's own."""
+        if not self._packing:
+            return [[c] for c in conversations.tolist()]
+        packs = pack(conversations, self._sizes, self._seq_length, None)
+        return [packs.row(i).tolist() for i in range(len(packs))]
+
     def most_members(self) -> int:
         return max(p.most_members() for p in self._epochs)
 

@@ -20,6 +20,7 @@ def build_row(
     pad_id: int,
     pad_multiple: int = 1,
     max_segments: int | None = None,
+    reference_log_prob: Sequence[np.ndarray] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One sample of a Megatron batch.
 
@@ -31,29 +32,31 @@ def build_row(
         pad_multiple: each conversation begins at a multiple of it (2·CP with context parallelism).
         max_segments: None for a row without packing metadata. Otherwise the fixed count of
             segments, so that rows stack: cu_seqlens has max_segments + 1 entries.
+        reference_log_prob: float32 [n - 1] for each conversation: what a reference model gives its
+            tokens 1 … n - 1.
 
     Returns int64 [S] tokens, labels (already shifted; IGNORE_INDEX where nothing trains) and
     position_ids (from 0 in each conversation), float32 [S] loss_mask, and with packing int32
     cu_seqlens (ends with copies of S, as Megatron strips them), int32 scalar max_seqlen, and
     cu_seqlens_padded (the same values) where pad_multiple > 1. Conversations are padded inside
-    their own segment; the rest of the row is one more segment.
+    their own segment; the rest of the row is one more segment. With reference scores also float32
+    [S] reference_log_prob, in line with the labels, 0 in the padding.
     """
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros(seq_length, dtype=np.int64)
-    borders, at = [0], 0
-    for flagged in conversations:
+    spans = row_spans([len(c) - 1 for c in conversations], pad_multiple)
+    borders = [0, *(end for _, end in spans)]
+    for flagged, (at, end) in zip(conversations, spans, strict=True):
         count = len(flagged) - 1
         ids = (flagged & ID_MASK).astype(np.int64)
         tokens[at : at + count] = ids[:-1]
         trained = (flagged[1:] & SUPERVISED) != 0
         labels[at : at + count][trained] = ids[1:][trained]
-        end = at + -(-count // pad_multiple) * pad_multiple
         positions[at:end] = np.arange(end - at)
-        borders.append(end)
-        at = end
-    if at < seq_length:
-        positions[at:] = np.arange(seq_length - at)
+    used = borders[-1]
+    if used < seq_length:
+        positions[used:] = np.arange(seq_length - used)
         borders.append(seq_length)
     row = {
         "tokens": torch.from_numpy(tokens),
@@ -67,4 +70,22 @@ def build_row(
         row["max_seqlen"] = torch.tensor(int(np.diff(borders).max()), dtype=torch.int32)
         if pad_multiple > 1:
             row["cu_seqlens_padded"] = row["cu_seqlens"].clone()
+    if reference_log_prob is not None:
+        scores = np.zeros(seq_length, dtype=np.float32)
+        for found, (at, _) in zip(reference_log_prob, spans, strict=True):
+            scores[at : at + len(found)] = found
+        row["reference_log_prob"] = torch.from_numpy(scores)
     return row
+
+
+def row_spans(counts: Sequence[int], pad_multiple: int) -> list[tuple[int, int]]:
+    """[begin, end) positions of each conversation in a row, its padding included.
+
+    counts: positions that each takes.
+    """
+    spans, at = [], 0
+    for count in counts:
+        end = at + -(-count // pad_multiple) * pad_multiple
+        spans.append((at, end))
+        at = end
+    return spans

@@ -1,0 +1,218 @@
+"""Log-probabilities of a reference model, kept beside the data: written once, read by training.
+
+Layout of a directory (little-endian):
+
+    scores.f32     log p of the tokens 1 … n − 1 of each conversation, one conversation behind the
+                   other; 0 where the token is not supervised
+    scores.json    which data, which model; written last, so scores without it are not whole
+    segments/      while scoring: plan.json and the finished parts, NNNNNN.f32
+
+A conversation is found by its number among the usable ones of its data set. So the scores do not
+depend on seed, epoch, packing, layout, or the weights of the sources; --seq-length and --overlong
+matter as far as they change which conversations are used or where they are cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dft.data.cache import write_atomically
+from megatron_dft.data.fingerprint import differences
+from megatron_dft.data.overlong import Conversations
+from megatron_dft.data.packing import windows
+
+FLAG = "--dft-reference-scores"
+VERSION = 1
+_HEADER, _SCORES, _SEGMENTS = "scores.json", "scores.f32", "segments"
+
+
+def data_identity(conversations: Conversations, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scores of a data set depend on; `identity`: that of its ChatDataset."""
+    return {
+        "sources": identity["sources"],
+        "cut": conversations.digest(),
+        "seq_length": identity["seq_length"],
+        "overlong": identity["overlong"],
+    }
+
+
+def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Phrases for what differs in two data identities; nothing where the tokens are the same."""
+    found = differences({"sources": saved["sources"]}, {"sources": current["sources"]})
+    if not found and saved["cut"] != current["cut"]:
+        was, now = (
+            f"--seq-length {d['seq_length']} with --overlong {d['overlong']}"
+            for d in (saved, current)
+        )
+        found.append(f"other conversations are left out or cut: was {was}, is {now}")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            raise ValueError(f"version {found['version']}")
+        return found
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{FLAG}: {str(path)!r} is not readable ({error}); delete the directory and score again"
+        ) from None
+
+
+def _offsets(conversations: Conversations) -> np.ndarray:
+    """int64 [N + 1]: where each conversation's scores begin; the first token has none."""
+    return np.concatenate([[0], np.cumsum(conversations.lengths() - 1)]).astype(np.int64)
+
+
+class ReferenceScores:
+    """Finished scores. `header`: what scores.json holds (`data`, `model`, `sha256`, …)."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Raises ValueError where the directory holds none, unfinished or damaged ones."""
+        self.directory = Path(directory)
+        header = self.directory / _HEADER
+        if not header.exists():
+            unfinished = (self.directory / _SEGMENTS).is_dir()
+            raise ValueError(
+                f"{FLAG}: {str(directory)!r} holds {'unfinished' if unfinished else 'no'} scores; "
+                f"{'finish' if unfinished else 'make'} them with the same flags: torchrun … -m "
+                "megatron_dft.score"
+            )
+        self.header = _read(header)
+        path, expected = self.directory / _SCORES, 4 * self.header["tokens"]
+        actual = path.stat().st_size if path.exists() else -1
+        if actual != expected:
+            raise ValueError(
+                f"{FLAG}: {str(path)!r} has {actual} bytes, expected {expected}; delete the "
+                "directory and score again"
+            )
+        self._scores = np.memmap(path, dtype="<f4", mode="r")
+        self._starts = np.empty(0, dtype=np.int64)
+
+    def attach(self, conversations: Conversations, identity: Mapping[str, Any]) -> ReferenceScores:
+        """These scores for that data set; ValueError where they were made from another one."""
+        changes = _changes(self.header["data"], data_identity(conversations, identity))
+        if changes:
+            raise ValueError(
+                f"{FLAG}: the scores in {str(self.directory)!r} are of other data: "
+                f"{'; '.join(changes)}; restore these settings, or score into a new directory"
+            )
+        self._starts = _offsets(conversations)
+        return self
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """float32 [n − 1]: log p of the tokens 1 … n − 1 of a conversation of the data set."""
+        return self._scores[self._starts[number] : self._starts[number + 1]]
+
+
+class ScoreWriter:
+    """Writes scores in segments of consecutive conversations; a killed job goes on with the rest.
+
+    Used by one process of a job. `borders`: [begin, end) conversations of each segment, those of
+    the first start; `done`: the segments that are stored already; `complete`: nothing is to do.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        conversations: Conversations,
+        identity: Mapping[str, Any],
+        model: Mapping[str, Any],
+        segment_tokens: int,
+    ) -> None:
+        """identity: of the ChatDataset; model: what was scored, equal for equal scores but for its
+        `name`. segment_tokens: of a segment, about. Raises ValueError where the directory holds
+        scores of other data or of another model. Writes nothing yet."""
+        self._directory, self._conversations = Path(directory), conversations
+        self._starts = _offsets(conversations)
+        self._plan: dict[str, Any] = {
+            "version": VERSION,
+            "data": data_identity(conversations, identity),
+            "model": dict(model),
+            "borders": windows(conversations.lengths() - 1, segment_tokens),
+        }
+        self.complete = (self._directory / _HEADER).exists()
+        saved = self._directory / (_HEADER if self.complete else f"{_SEGMENTS}/plan.json")
+        if saved.exists():
+            self._go_on(_read(saved))
+        self.borders: list[tuple[int, int]] = [tuple(b) for b in self._plan["borders"]]
+        self.done = [i for i in range(len(self.borders)) if self.complete or self._is_stored(i)]
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        changes = _changes(saved["data"], self._plan["data"])
+        was, now = saved["model"], self._plan["model"]
+        for key in sorted((was.keys() | now.keys()) - {"name"}):
+            if was.get(key) != now.get(key):
+                changes.append(
+                    f"the model's {key} was {was.get(key)} ({was['name']}), is {now.get(key)} "
+                    f"({now['name']})"
+                )
+        if changes:
+            raise ValueError(
+                f"{FLAG}: {str(self._directory)!r} holds scores of something else: "
+                f"{'; '.join(changes)}; choose another directory, or delete this one"
+            )
+        self._plan["borders"] = saved["borders"]
+
+    def start(self) -> None:
+        """Writes the plan that later starts go on with."""
+        text = json.dumps(self._plan)
+        write_atomically(self._directory / _SEGMENTS / "plan.json", text)
+
+    def _path(self, segment: int) -> Path:
+        return self._directory / _SEGMENTS / f"{segment:06d}.f32"
+
+    def _tokens(self, segment: int) -> int:
+        begin, end = self.borders[segment]
+        return int(self._starts[end] - self._starts[begin])
+
+    def _is_stored(self, segment: int) -> bool:
+        path = self._path(segment)
+        return path.exists() and path.stat().st_size == 4 * self._tokens(segment)
+
+    def write(self, segment: int, scores: Mapping[int, np.ndarray]) -> None:
+        """Stores a segment: conversation → float32 [n − 1]; the file is whole or absent.
+
+        Raises RuntimeError naming the row of a conversation with a score that is not a number.
+        """
+        begin, end = self.borders[segment]
+        for number in range(begin, end):
+            if not np.isfinite(scores[number]).all():
+                raise RuntimeError(
+                    f"{self._conversations.where(number)}: the model gives log p = NaN or inf for "
+                    "a token of this conversation; nothing of its segment was stored"
+                )
+        values = np.concatenate([scores[n] for n in range(begin, end)]).astype("<f4", copy=False)
+        assert len(values) == self._tokens(segment)
+        path = self._path(segment)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            file.write(values.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def finish(self) -> ReferenceScores:
+        """Joins the segments; only then the directory holds scores that can be opened."""
+        partial, sha256 = self._directory / f"{_SCORES}.partial", hashlib.sha256()
+        with open(partial, "wb") as file:
+            for segment in range(len(self.borders)):
+                content = self._path(segment).read_bytes()
+                sha256.update(content)
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self._directory / _SCORES)
+        header = {**self._plan, "tokens": int(self._starts[-1]), "sha256": sha256.hexdigest()}
+        write_atomically(self._directory / _HEADER, json.dumps(header, indent=1))
+        shutil.rmtree(self._directory / _SEGMENTS, ignore_errors=True)
+        return ReferenceScores(self._directory)
