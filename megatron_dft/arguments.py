@@ -16,6 +16,7 @@ import torch
 from megatron_dft import checks, score_checks
 from megatron_dft.cpu import runtime
 from megatron_dft.data import flags as data_flags
+from megatron_dft.gemma_checks import check_own_layers, same_own_layers
 from megatron_dft.hf.config import megatron_args
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.losses import registry
@@ -242,6 +243,7 @@ def _reference(
     reference = open_checkpoint(args.dft_reference_model, trust_remote_code=args.trust_remote_code)
     assert checkpoint is not None
     checks.same_architecture(checkpoint, reference)
+    same_own_layers(checkpoint, reference)
     return reference
 
 
@@ -289,6 +291,8 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool) -> None:
         score_checks.check_training(args, objective)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.check(args, world_size, checkpoint, objective)
+    if checkpoint is not None:
+        check_own_layers(args, checkpoint, runtime.is_active())
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)

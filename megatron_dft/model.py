@@ -34,10 +34,10 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
         compat.separate_mtp_losses()
     config = gpt_config_from_args(args)
     checkpoint = settings().checkpoint
-    if checkpoint is not None:
-        apply_to_model_config(config, checkpoint)
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_layer_spec
+    if checkpoint is not None:
+        apply_to_model_config(config, checkpoint)
 
     def before_wrapping(chunks: list[Any]) -> list[Any]:
         prepare(chunks, args)

@@ -68,12 +68,15 @@ class Norm(torch.nn.Module):
 
 
 class Attention(MegatronModule):
-    """Causal attention: grouped queries, sbhd or packed thd, windows, context parallelism, sinks.
+    """Causal attention: grouped queries, sbhd or packed thd, windows, context parallelism, sinks,
+    soft-capped scores (`logit_softcap` c: c · tanh(score / c) before the mask).
 
     Keys and values of the whole sequence are gathered over the context-parallel group (their
     gradient is reduce-scattered back); the mask comes from global positions. Takes the arguments of
     Megatron's core attention modules; `attention_mask` is True where a key is hidden.
     """
+
+    takes_logit_softcap = True  # see gemma_layers.py
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Attention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
+        logit_softcap: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
@@ -93,6 +97,7 @@ class Attention(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale  # None: 1/sqrt(d)
+        self.softcap = logit_softcap
         self.window: tuple[int, int] | None = None
         if is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
@@ -163,8 +168,8 @@ class Attention(MegatronModule):
         if repeat > 1:
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
         dropout = self.dropout if self.training else 0.0
-        if self.softmax_offset is not None:
-            context = self._attend_with_sink(q, k, v, visible)
+        if self.softmax_offset is not None or self.softcap is not None:
+            context = self._attend_by_scores(q, k, v, visible, dropout)
         elif dropout:
             with get_cuda_rng_tracker().fork():
                 context = F.scaled_dot_product_attention(
@@ -176,17 +181,28 @@ class Attention(MegatronModule):
             )
         return context.permute(2, 0, 1, 3)
 
-    def _attend_with_sink(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """Softmax with one more logit a head that takes probability and gives no value."""
-        assert self.softmax_offset is not None
+    def _attend_by_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float
+    ) -> Tensor:
+        """Softmax of soft-capped scores, with one more logit a head that takes probability and
+        gives no value: what PyTorch's fused attention lacks.
+        """
         if visible is None:
             visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         scale = self.scale if self.scale is not None else q.shape[-1] ** -0.5
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = (q @ k.transpose(-1, -2)).to(wide) * scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
-        sink = self.softmax_offset.to(wide)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        if self.softmax_offset is None:
+            weights = scores.softmax(-1)
+        else:
+            sink = self.softmax_offset.to(wide)[None, :, None, None].expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        if dropout:
+            with get_cuda_rng_tracker().fork():
+                weights = F.dropout(weights, dropout)
         return weights.to(v.dtype) @ v
 
     def sharded_state_dict(

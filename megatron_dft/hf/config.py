@@ -7,7 +7,7 @@ have had to type. Reads `HFCheckpoint.settings`, where transformers has filled i
 from typing import Any
 
 from megatron_dft.hf.families import family_of
-from megatron_dft.hf.families.base import expect, refuse
+from megatron_dft.hf.families.base import OwnLayers, expect, refuse
 from megatron_dft.hf.source import HFCheckpoint
 
 # Arguments about training, not about the architecture: an explicit flag of the user wins here,
@@ -41,7 +41,7 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """
     family = family_of(checkpoint)
     c = checkpoint.settings
-    expect(checkpoint, "hidden_act", "silu", "Megatron's --swiglu uses it")
+    expect(checkpoint, "hidden_act", family.activation, "the architecture's own")
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
     arguments: dict[str, Any] = {
         "num_layers": c["num_hidden_layers"],
@@ -65,7 +65,7 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
         "hidden_dropout": 0.0,
     }
     own = family.arguments(checkpoint)
-    if "rope_type" not in own:  # latent attention has rotary embeddings of its own
+    if not {"rope_type", "rotary_base"} & own.keys():  # the family knows its own
         arguments |= _rope(checkpoint)
     return arguments | _window(checkpoint) | own
 
@@ -74,11 +74,23 @@ def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
     """Set on Megatron's GPTModelConfig what its `gpt_config_from_args` drops on the way.
 
     0.19 reads `--use-rope-scaling` but not `--rope-scaling-factor`, so every Llama 3.x would get
-    factor 8.
+    factor 8. The config's layer spec, if it is not Megatron's default, must have been set: layers
+    that Megatron lacks (`own_layers`) are hung into it.
     """
     arguments = megatron_args(checkpoint)
     if arguments.get("use_rope_scaling"):
         model_config.rope_scaling_factor = arguments["rope_scaling_factor"]
+    own = own_layers(checkpoint)
+    if own is not None:
+        from megatron_dft import gemma_layers  # imports Megatron
+
+        gemma_layers.apply(model_config, own)
+
+
+def own_layers(checkpoint: HFCheckpoint) -> OwnLayers | None:
+    """What the architecture needs beyond Megatron's layers; None for most."""
+    make = family_of(checkpoint).own_layers
+    return None if make is None else make(checkpoint)
 
 
 def _rope(checkpoint: HFCheckpoint) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.argument_utils import _apply_yarn_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_dft.hf.config import apply_to_model_config, megatron_args
 from megatron_dft.hf.keys import with_te_keys
@@ -74,9 +74,11 @@ def build(checkpoint: HFCheckpoint, device: str = "meta") -> torch.nn.Module:
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
     )
     apply_to_model_config(model_config, checkpoint)
+    if device == "meta":  # Megatron's local norm refuses it, and a skeleton computes nothing
+        transformer.layernorm_zero_centered_gamma = False
     with torch.device(device), _tables_on(device):
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        return GPTModelBuilder(model_config).build_model(groups)
+        return model_config.get_builder_cls()(model_config).build_model(groups)
 
 
 @contextlib.contextmanager
@@ -92,19 +94,23 @@ def _tables_on(device: str) -> Iterator[None]:
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     """Megatron's local spec, for a model that need not compute, with Transformer Engine's keys."""
+    own = getattr(config, "own_layers", None)
+    lacking = config.multi_latent_attention or (own is not None and own.attention_softcap)
     spec = with_te_keys(default_layer_spec(config, vp_stage), config)
     for layer in getattr(spec, "layer_specs", [spec]):
         attention = layer.submodules.self_attention.submodules
-        if attention.core_attention is DotProductAttention and config.multi_latent_attention:
+        if attention.core_attention is DotProductAttention and lacking:
             attention.core_attention = _NoAttention
     return spec
 
 
 class _NoAttention(torch.nn.Module):
-    """Stands in for the local core attention, which cannot be built for latent attention.
+    """Stands in for the local core attention, which lacks latent attention and soft caps.
 
     It has no parameters either way; a skeleton computes nothing.
     """
+
+    takes_logit_softcap = True
 
     def __init__(self, **_: Any) -> None:
         super().__init__()

@@ -27,17 +27,18 @@ def _config(**given):
     return SimpleNamespace(**(values | given))
 
 
-def _attention(**given):
+def _attention(softcap=None, **given):
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_dft.cpu.layers import Attention
 
     one = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     groups = SimpleNamespace(tp=one, cp=dist.group.WORLD)
-    return Attention(_config(**given), 1, AttnMaskType.causal, "self", pg_collection=groups)
+    return Attention(_config(**given), 1, AttnMaskType.causal, "self", logit_softcap=softcap,
+                     pg_collection=groups)  # fmt: skip
 
 
-def _reference(q, k, v, edges, window=None, sink=None):
+def _reference(q, k, v, edges, window=None, sink=None, softcap=None):
     """Causal attention inside each conversation, one query at a time: [s, b, n, d]."""
     out = torch.zeros_like(q)
     for start, end in zip(edges, edges[1:], strict=False):
@@ -46,6 +47,8 @@ def _reference(q, k, v, edges, window=None, sink=None):
             keys = k[first : i + 1].repeat_interleave(N // G, 2)
             values = v[first : i + 1].repeat_interleave(N // G, 2)
             scores = torch.einsum("bnd,sbnd->sbn", q[i], keys) / D**0.5
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             if sink is not None:
                 scores = torch.cat([scores, sink.expand(1, *scores.shape[1:])])
             weights = scores.softmax(0)[: len(keys)]
@@ -59,7 +62,7 @@ def _inputs(length, batch):
     return [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-def _case(edges, packed, window, sink):
+def _case(edges, packed, window, sink, softcap=None):
     """(error of the output, error of the gradients) on this context-parallel rank."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -67,6 +70,7 @@ def _case(edges, packed, window, sink):
 
     length, batch = edges[-1], 1 if packed else 2
     layer = _attention(
+        softcap,
         window_size=None if window is None else (window, 0),
         softmax_type="learnable" if sink else "vanilla",
     )
@@ -82,7 +86,8 @@ def _case(edges, packed, window, sink):
     whole = _inputs(length, batch)
     upstream = torch.randn(length, batch, N * D, dtype=torch.float64,
                            generator=torch.Generator().manual_seed(4))  # fmt: skip
-    expected = _reference(*whole, edges if packed else [0, length], window, sink_logits)
+    expected = _reference(*whole, edges if packed else [0, length], window, sink_logits,
+                          softcap)  # fmt: skip
     (expected * upstream).sum().backward()
 
     mine = [x.detach()[held].requires_grad_() for x in whole]
@@ -107,6 +112,8 @@ CASES = {
     "packed window": ([0, 4, 12, 16], True, 3, False),
     "sinks": ([0, 16], False, None, True),
     "packed sinks": ([0, 8, 16], True, None, True),
+    "soft cap": ([0, 16], False, None, False, 0.5),
+    "packed window soft cap and sinks": ([0, 4, 12, 16], True, 3, True, 0.5),
 }
 
 

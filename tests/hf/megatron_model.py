@@ -60,7 +60,7 @@ def build(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
     from megatron.training.argument_utils import _apply_yarn_config_from_args
-    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+    from megatron.training.models.gpt import GPTModelConfig
 
     checkpoint = open_checkpoint(directory)
     a = megatron_args(checkpoint)
@@ -104,7 +104,7 @@ def build(
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
     )
     apply_to_model_config(model_config, checkpoint)
-    builder = GPTModelBuilder(model_config)
+    builder = model_config.get_builder_cls()(model_config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     models = [builder.build_model(groups, vp_stage=i if vpp else None) for i in range(vpp or 1)]
     for model in models:

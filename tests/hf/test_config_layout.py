@@ -89,10 +89,20 @@ def test_what_megatron_cannot_represent_is_named(kind, changes, named, tiny):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
-def test_families_that_megatron_lacks_are_named(architecture, tiny):
-    with pytest.raises(ValueError, match=f"{architecture} cannot be represented.*norms after"):
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("GptOssForCausalLM", "packed, interleaved and with biases.*DeepSeek-V3"),
+        ("GemmaForCausalLM", "Gemma 2 and 3 are"),
+        ("Gemma3ForConditionalGeneration", "image encoder"),
+        ("Llama4ForCausalLM", "chunked attention"),
+        ("MadeUpForCausalLM", "mapped are .*Gemma3ForCausalLM.*LlamaForCausalLM"),
+    ],
+)
+def test_families_that_are_not_mapped_are_named(architecture, reason, tiny):
+    with pytest.raises(ValueError, match=f"{architecture}.*{reason}") as caught:
         megatron_args(tiny("llama", architectures=[architecture]))
+    assert "\n" not in str(caught.value)
 
 
 def test_longrope_is_named(tiny):

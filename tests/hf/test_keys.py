@@ -14,7 +14,7 @@ from megatron_dft.hf.source import open_checkpoint
 from tests.hf.tiny import make_tiny
 from tests.ranks import run_ranks
 
-KINDS = ["llama", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3"]
+KINDS = ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3"]
 
 ON = {"te": False}  # which layer spec is being built
 
@@ -95,7 +95,7 @@ def key_sets(directories: dict[str, Path]) -> dict[str, tuple[dict, dict, dict]]
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     out = tmp_path_factory.mktemp("keys")
-    directories = {k: make_tiny(k, out / k, num_hidden_layers=2) for k in KINDS}
+    directories = {k: make_tiny(k, out / k) for k in KINDS}
     return run_ranks(key_sets, 1, directories)[0]
 
 

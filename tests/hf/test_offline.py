@@ -78,7 +78,7 @@ def load_all(directories: dict[str, Path], sources: dict[str, Path], tp: int, pp
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_megatron_loads_an_import_at_any_layout(tp, pp, imported):
-    kinds = ("llama", "qwen2", "qwen3-moe", "deepseek-v3")
+    kinds = ("llama", "qwen2", "qwen3-moe", "deepseek-v3", "gemma2", "gemma3")
     sources = {k: imported[k][0] for k in kinds}
     results = run_ranks(load_all, tp * pp, {k: imported[k][1] for k in kinds}, sources, tp, pp)
     for kind in kinds:
@@ -131,7 +131,7 @@ def export_all(sources: dict[str, Path], out: Path) -> None:
 def test_export_of_what_megatron_saved_at_a_layout(layout, groups, imported, tmp_path):
     kinds = ["qwen3-moe", "deepseek-v3"]
     if not groups:
-        kinds += ["llama", "llama-tied"]
+        kinds += ["llama", "llama-tied", "gemma3"]
     sources = {k: imported[k][0] for k in kinds}
     run_ranks(save_torch_dist, layout[0] * layout[1], sources, tmp_path, layout, 128, groups)
     apart(export_all, sources, tmp_path)

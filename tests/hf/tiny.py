@@ -60,6 +60,22 @@ _DEEPSEEK = dict(
     rms_norm_eps=1e-6,
     num_nextn_predict_layers=0,
 )
+# Windows narrower than the tests' sequences; soft caps that scores and logits reach.
+_GEMMA: dict[str, Any] = dict(
+    head_dim=16,
+    query_pre_attn_scalar=24,
+    sliding_window=7,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-6,
+)
+_GEMMA2 = dict(attn_logit_softcapping=1.5, final_logit_softcapping=4.0)
+_GEMMA3 = dict(
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters=dict(
+        full_attention=dict(rope_type="linear", rope_theta=5000.0, factor=8.0),
+        sliding_attention=dict(rope_type="default", rope_theta=100.0),
+    ),
+)
 
 # kind -> (transformers' model type, what differs from _DENSE)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,6 +94,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", _EXPERTS | dict(shared_expert_intermediate_size=40)),
     "qwen3-moe": ("qwen3_moe", _EXPERTS | dict(norm_topk_prob=True, mlp_only_layers=[1])),
     "deepseek-v3": ("deepseek_v3", _DEEPSEEK),
+    "gemma2": ("gemma2", _GEMMA | _GEMMA2),
+    "gemma3": ("gemma3_text", _GEMMA | _GEMMA3),
 }
 MOE_KINDS = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3")
 

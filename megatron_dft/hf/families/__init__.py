@@ -1,22 +1,21 @@
 """The architectures that megatron-dft maps itself, by the name in config.json's `architectures`."""
 
-from megatron_dft.hf.families import deepseek, llama, moe
+from megatron_dft.hf.families import deepseek, gemma, llama, moe
 from megatron_dft.hf.families.base import Family, Table
 from megatron_dft.hf.pieces import vocabulary
 from megatron_dft.hf.source import HFCheckpoint
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | moe.FAMILIES | deepseek.FAMILIES
+FAMILIES: dict[str, Family] = llama.FAMILIES | moe.FAMILIES | deepseek.FAMILIES | gemma.FAMILIES
 
-# Known architectures that Megatron's GPTModel cannot represent, and what it lacks.
-_SANDWICH = "norms after attention and MLP (post_*_layernorm) and scaled embeddings"
+# Known architectures that are not mapped, and why.
 REFUSED: dict[str, str] = {
-    "GemmaForCausalLM": "scaled embeddings",
-    "Gemma2ForCausalLM": f"{_SANDWICH}, and soft-capped logits",
-    "Gemma3ForCausalLM": f"{_SANDWICH}, and two rotary bases in one model",
-    "Gemma3ForConditionalGeneration": "an image encoder",
-    "GptOssForCausalLM": "packed, interleaved experts with biases are not mapped yet",
-    "Llama4ForCausalLM": "chunked attention and layers without rotary embeddings",
-    "Phi3SmallForCausalLM": "blocksparse attention",
+    "GemmaForCausalLM": "the first Gemma is not mapped, Gemma 2 and 3 are",
+    "Gemma3ForConditionalGeneration": "it has an image encoder; give a text-only Gemma 3",
+    "GptOssForCausalLM": "its experts are stored packed, interleaved and with biases, and their "
+    "clamped activation is not Megatron's; the mapped mixtures are Mixtral, Qwen-MoE, DeepSeek-V3",
+    "Llama4ForCausalLM": "Megatron lacks its chunked attention and layers without rotary "
+    "embeddings",
+    "Phi3SmallForCausalLM": "Megatron lacks its blocksparse attention",
 }
 
 TIED_COPY = "lm_head.weight"  # present or not where the output layer is tied to the embedding
@@ -26,8 +25,8 @@ def family_of(checkpoint: HFCheckpoint) -> Family:
     """Raises ValueError for an architecture that is not mapped."""
     if checkpoint.architecture in REFUSED:
         raise ValueError(
-            f"{checkpoint.path}: {checkpoint.architecture} cannot be represented by Megatron's "
-            f"GPTModel: {REFUSED[checkpoint.architecture]}"
+            f"{checkpoint.path}: {checkpoint.architecture} is not supported: "
+            f"{REFUSED[checkpoint.architecture]}"
         )
     if checkpoint.architecture not in FAMILIES:
         raise ValueError(
@@ -49,6 +48,7 @@ def table_of(checkpoint: HFCheckpoint) -> Table:
 
 def optional_tensors(checkpoint: HFCheckpoint) -> set[str]:
     """Names in `checkpoint` that no parameter is made of, rightly; an export leaves them out."""
-    unmapped = family_of(checkpoint).unmapped
+    family = FAMILIES.get(checkpoint.architecture)  # none: megatron-bridge maps it
+    unmapped = family.unmapped if family else ()
     names = {n for n in checkpoint.tensors if unmapped and n.endswith(unmapped)}
     return names | ({TIED_COPY} if checkpoint.settings["tie_word_embeddings"] else set())
