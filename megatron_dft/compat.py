@@ -4,7 +4,6 @@ Each work-round names its reason, is applied once, and fails loudly where the sy
 gone. Tested with megatron-core 0.19.2.
 """
 
-import functools
 import importlib
 import inspect
 import queue
@@ -12,6 +11,8 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
+
+from megatron_dft.cluster.hooks import wrap
 
 
 def check_release() -> str:
@@ -30,12 +31,14 @@ _originals: dict[tuple[str, str], Callable] = {}
 
 
 def _replace(module_name: str, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a function of a module; a second replacement takes the first one's place."""
+    """Wrap a function of a module; a second wrapping takes the first one's place."""
     module = importlib.import_module(module_name)
-    if not callable(getattr(module, name, None)):
-        raise RuntimeError(f"megatron-core {version('megatron-core')}: {module_name}.{name} moved")
-    original = _originals.setdefault((module_name, name), getattr(module, name))
-    setattr(module, name, functools.wraps(original)(make(original)))
+    key = (module_name, name)
+    if key in _originals:
+        setattr(module, name, _originals[key])
+    original = getattr(module, name, None)
+    wrap(module, name, make)
+    _originals[key] = original
 
 
 def on_training_log(before: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:

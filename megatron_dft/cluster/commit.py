@@ -7,6 +7,7 @@ which old checkpoints are deleted.
 """
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,15 @@ def install(run: Callable[[], dict[str, Any]], keep: int | None) -> None:
         def save(state, checkpoint_dir, *args, **kwargs):
             directory = Path(checkpoint_dir)
             clear(directory)
-            request = original(state, checkpoint_dir, *args, **kwargs)
+            try:
+                request = original(state, checkpoint_dir, *args, **kwargs)
+            except Exception as error:
+                # torch's words for a full disk are "unexpected pos 704 vs 598".
+                free = shutil.disk_usage(directory).free / 2**20
+                raise RuntimeError(
+                    f"--save: {directory} cannot be written, with {free:.0f} MiB free there; those "
+                    "before it are untouched"
+                ) from error
             if request is None:
                 commit(directory, run())
             else:

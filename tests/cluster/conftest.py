@@ -1,4 +1,4 @@
-"""Fixtures: those of the training tests, and a virtual Slurm cluster of four nodes."""
+"""Fixtures: those of the training tests, and a virtual Slurm cluster."""
 
 import os
 import shutil
@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import LAB, Cluster
+from tests.cluster.stories import Stories
 from tests.train.conftest import chats, data_cache, tiny_model  # noqa: F401
+
+NODES = 8
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,9 @@ def cluster():
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
     up = None
     if installed.returncode == 0:
-        up = subprocess.run(["bash", LAB, "up", directory, "4"], capture_output=True, text=True)
+        up = subprocess.run(
+            ["bash", LAB, "up", directory, str(NODES)], capture_output=True, text=True
+        )
     if up is None or up.returncode != 0:
         words = (up or installed).stderr[-500:]
         if up is not None:
@@ -29,7 +34,17 @@ def cluster():
             pytest.fail(f"CI needs a virtual Slurm cluster: {words}")
         pytest.skip(f"no virtual Slurm cluster on this machine: {words}")
     try:
-        yield Cluster(directory, 4)
+        yield Cluster(directory, NODES)
     finally:
         subprocess.run(["bash", LAB, "down", directory], check=True)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def stories(cluster, tiny_model, chats, data_cache, tmp_path_factory):  # noqa: F811
+    """The jobs, started when the first test asks for one."""
+    told = Stories(cluster, tiny_model, chats, tmp_path_factory.mktemp("jobs"))
+    try:
+        yield told
+    finally:
+        told.close()

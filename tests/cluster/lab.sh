@@ -4,6 +4,7 @@
 #   lab.sh install               the packages, where they are missing; exit 3 where that is not possible
 #   lab.sh up DIR NODES          start it; clients then set SLURM_CONF=DIR/slurm.conf
 #   lab.sh kill-node DIR NAME    power cut; `lab.sh start-node DIR NAME` brings it back
+#   lab.sh on-node DIR NAME COMMAND…   run a command with that node's view of the disks
 #   lab.sh down DIR              end the jobs and every process of it, remove its network
 #
 # A node is a slurmd with its own network, host name and process space, so that the death of its first
@@ -104,8 +105,9 @@ PropagateResourceLimits=NONE
 MailProg=/bin/true
 GresTypes=gpu
 ReturnToService=2
+MinJobAge=3600
 SlurmdTimeout=15
-KillWait=5
+KillWait=15
 JobRequeue=1
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 DefMemPerCPU=500
@@ -140,6 +142,11 @@ start_node() { # NAME
     spawn "$1" nsenter "--net=/run/netns/$tag-$1" unshare --uts --pid --fork --kill-child --mount-proc \
         sh -c "hostname $1; mount --bind $lab/hosts /etc/hosts; mount --bind $lab/resolv.conf \
             /etc/resolv.conf; exec slurmd -D -N $1"
+}
+
+on_node() { # NAME COMMAND…
+    running "$1" || { echo "node $1 is not running" >&2 && return 1; }
+    nsenter "--mount=/proc/$pid/ns/mnt" "${@:2}"
 }
 
 munge_answers() { munge -n -S "$lab/munge.sock" >/dev/null 2>&1; }
@@ -177,9 +184,10 @@ case "${1:-}" in
         ;;
     kill-node) settings "$2" && halt "$3" KILL ;;
     start-node) settings "$2" && start_node "$3" ;;
+    on-node) settings "$2" && on_node "${@:3}" ;;
     down) settings "$2" && down ;;
     *)
-        sed -n '2,7s/^# \{0,1\}//p' "$0"
+        sed -n '2,8s/^# \{0,1\}//p' "$0"
         exit 2
         ;;
 esac

@@ -8,16 +8,33 @@ from typing import Any
 import torch
 
 from tests.ranks import run_ranks
+from tests.train import listener
+
+Rows = dict[tuple[int, int], list[int]]
 
 
 class Ended:
-    """How a run ended on each rank: statuses, figures of each step, the status word, its output."""
+    """How a run ended on each rank: statuses, figures of each step, rows, status word, output."""
 
     def __init__(self, results: list[Any], status: Path) -> None:
-        self.codes = [code for code, _, _ in results]
+        self.codes = [code for code, *_ in results]
         self.steps = results[-1][1]
-        self.texts = [text for _, _, text in results]
+        self.texts = [text for _, _, text, _ in results]
+        # (rank, step) → checksums of its rows, in the order of training
+        self.rows: Rows = {
+            (rank, step): rows
+            for rank, (*_, given) in enumerate(results)
+            for step, rows in given.items()
+        }
         self.word = status.read_text().split()[0] if status.exists() else None
+
+
+def rows_of_steps(rows: Rows) -> dict[int, list[int]]:
+    """step → its global batch, each row once: the same in every layout."""
+    steps = {step for _, step in rows}
+    return {
+        n: sorted({r for (_, step), rs in rows.items() if step == n for r in rs}) for n in steps
+    }
 
 
 def _rank(argv, before, status):
@@ -39,27 +56,19 @@ def _rank(argv, before, status):
             return getattr(self.stream, name)
 
     sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)
-    from megatron_dft import progress, report, train
+    from megatron_dft import train
 
     heard: list[dict[str, float]] = []
-    plain = progress.Progress.log
-
-    def log(self: Any, losses: dict[str, Any], call: dict[str, Any]) -> None:
-        if losses:
-            heard.append({name: float(value) for name, value in losses.items()})
-            heard[-1].pop(report.TOKENS)
-            heard[-1]["grad_norm"] = float(call["grad_norm"])
-            heard[-1]["step"] = call["iteration"]
-        plain(self, losses, call)
-
-    progress.Progress.log = log  # type: ignore[method-assign]
+    given: dict[int, list[int]] = {}
+    listener.on_figures(heard.append)
+    listener.on_rows(lambda step, rows: given.setdefault(step, []).extend(rows))
     if before is not None:
         before()
     try:
         code = train.main(argv)
     except SystemExit as leaving:
         code = leaving.code
-    return code, heard, text.getvalue()
+    return code, heard, text.getvalue(), given
 
 
 def run(

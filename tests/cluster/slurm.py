@@ -1,5 +1,6 @@
 """A virtual Slurm cluster and jobs of the real finetune.sbatch on it."""
 
+import json
 import os
 import re
 import shlex
@@ -8,24 +9,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "tests" / "cluster" / "lab.sh"
 SCRIPT = ROOT / "examples" / "slurm" / "finetune.sbatch"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+_PERIOD = 0.5  # seconds between two looks
 
 
-def poll(condition: Callable[[], object], seconds: float, what: str, log: Path | None = None):
+def _poll(job: "Job", condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """Wait until `condition()` is true and return its value; fail with `what` at the deadline."""
     deadline = time.monotonic() + seconds
     while True:
+        assert not job.cluster.closed, "the tests are over"
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            tail = log.read_text(errors="replace")[-6000:] if log and log.exists() else ""
-            raise AssertionError(f"not within {seconds:g} s: {what}\n{tail}")
-        time.sleep(0.1)
+            raise AssertionError(f"not within {seconds:g} s: {what}\n{job.text()[-6000:]}")
+        time.sleep(_PERIOD)
 
 
 class Cluster:
@@ -33,6 +36,7 @@ class Cluster:
 
     def __init__(self, directory: Path, nodes: int) -> None:
         self.directory, self.nodes = directory, nodes
+        self.closed = False  # nobody waits for the jobs any more
         self.env = {
             name: value for name, value in os.environ.items() if not name.startswith("SLURM_")
         } | {"SLURM_CONF": str(directory / "slurm.conf")}
@@ -45,19 +49,15 @@ class Cluster:
             words, cwd=ROOT, env=self.env | env, check=check, capture_output=True, text=True
         )
 
+    def names(self, nodes: str) -> list[str]:
+        """n[1-2] → n1, n2."""
+        return self.run("scontrol", "show", "hostnames", nodes).stdout.split()
+
     def submit(self, config: Path, run_dir: Path, nodes: int, *flags: str, options=()) -> "Job":
         log = run_dir.with_suffix(".log")
         words = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={log}", *options]
         done = self.run(*words, str(SCRIPT), str(config), *flags, RUN_DIR=str(run_dir))
         return Job(self, done.stdout.strip(), run_dir, log)
-
-    def rest(self) -> None:
-        """Wait until all nodes are free."""
-        poll(
-            lambda: self.run("sinfo", "-hN", "-o%T").stdout.split() == ["idle"] * self.nodes,
-            60,
-            "all nodes idle",
-        )
 
 
 class Job:
@@ -85,32 +85,21 @@ class Job:
                 assert found, f"the job ended without {pattern!r}:\n{self.text()[-6000:]}"
             return found
 
-        return poll(look, seconds, pattern, self.log)
+        return _poll(self, look, seconds, pattern)
 
     def ended(self, seconds: float = 900) -> tuple[str, str]:
         """Wait for the end: (state, exit code as Slurm writes it)."""
-        state = poll(
-            lambda: (s := self.show("JobState")) in ENDED and s, seconds, "end of job", self.log
-        )
+
+        def look():
+            state = self.show("JobState")
+            return state if state in ENDED else None
+
+        state = _poll(self, look, seconds, "end of the job")
         return state, self.show("ExitCode")
 
     def signal_batch(self, name: str) -> None:
         """What Slurm itself does ahead of the time limit (--signal=B:…)."""
         self.cluster.run("scancel", "--batch", f"--signal={name}", self.number)
-
-    def ranks(self) -> list[int]:
-        """Process ids, as this machine sees them, of the ranks of this job."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                here = str(self.run_dir / "checkpoints").encode() in words
-                if here and b"torch.distributed.run" not in words and b"-u" in words:
-                    found.append(int(entry.name))
-        return sorted(found)
 
     def losses(self) -> dict[int, float]:
         """step → plain cross entropy, from the progress lines of all legs."""
@@ -119,17 +108,54 @@ class Job:
             for step, loss in re.findall(r"step (\d+)/\d+ \| lm loss ([\d.]+)", self.text())
         }
 
+    def figures(self) -> list[dict[str, float]]:
+        """The figures of each step in the order of training, from a job with the listener."""
+        return [json.loads(found) for found in re.findall(r"FIGURES (\{.*?\}) \.", self.text())]
+
+    def rows(self) -> dict[tuple[int, int], list[int]]:
+        """(rank, step) → checksums of its rows; the last time, where a step was trained twice."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for text in re.split(r"\[job\] leg \d+:", self.text()):
+            of_leg: dict[tuple[int, int], list[int]] = {}
+            for entry in re.findall(r"ROWS (\[.*?\]\]) \.", text):
+                rank, step, rows = json.loads(entry)
+                of_leg.setdefault((rank, step), []).extend(rows)
+            found |= of_leg
+        return found
+
+    def resumed(self) -> list[int]:
+        """The steps that its legs went on from."""
+        return [int(step) for step in re.findall(r"going on from step (\d+)", self.text())]
+
+    def ends(self) -> list[str]:
+        """How each leg ended: the word of its run, which is its first in the [job] line."""
+        return re.findall(r"\[job\] srun ended with \d+; the run says: (\w[\w-]*)", self.text())
+
+    def checkpoints(self) -> list[int]:
+        """Steps that have a directory."""
+        found = (self.run_dir / "checkpoints").glob("iter_*")
+        return sorted(int(path.name[5:]) for path in found)
+
     @property
     def success(self) -> bool:
         return (self.run_dir / "SUCCESS").exists()
 
 
-def write_config(path: Path, flags: list[str], procs: int, cache: str, **settings: object) -> Path:
-    """A configuration for CPU ranks of the tests' own Python."""
+def write_config(
+    path: Path, flags: list[str], procs: int, faults: str = "", **settings: Any
+) -> Path:
+    """A configuration for CPU ranks of the tests' own Python; `faults` as faulty.py takes them."""
+    wrapper = path.with_suffix(".python")
+    wrapper.write_text(
+        f'#!/bin/bash\nexec {sys.executable} "${{@/#megatron_dft.train/tests.cluster.faulty}}"\n'
+    )
+    wrapper.chmod(0o755)
+    cache = os.environ["MEGATRON_DFT_DATA_CACHE"]
+    values = {"PROCS_PER_NODE": procs, "OMP_NUM_THREADS": 1, "PREFLIGHT": 0, "PYTHON": wrapper}
     lines = [
-        f"PROCS_PER_NODE={procs} PREFLIGHT=0 OMP_NUM_THREADS=1 PYTHON={sys.executable}",
-        f"export MEGATRON_DFT_DATA_CACHE={shlex.quote(cache)} TORCHDYNAMO_DISABLE=1",
-        *(f"{name}={shlex.quote(str(value))}" for name, value in settings.items()),
+        *(f"{name}={shlex.quote(str(value))}" for name, value in (values | settings).items()),
+        f"export TORCHDYNAMO_DISABLE=1 MEGATRON_DFT_DATA_CACHE={shlex.quote(cache)}",
+        f"export FAULTS={shlex.quote(faults)}",
         f"TRAIN_ARGS=(--device cpu {shlex.join(flags)})",
     ]
     path.write_text("\n".join(lines) + "\n")

@@ -182,13 +182,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_another_loss_is_refused_by_name(tiny_model, chats, tmp_path):
-    where = dict(save=tmp_path / "c", load=tmp_path / "c", save_interval=1, lr_decay_iters=9)
+def test_another_loss_is_refused_unless_allowed_by_name(tiny_model, chats, tmp_path):
+    where = dict(save=tmp_path / "c", load=tmp_path / "c", save_interval=1)
 
     def go(*more, **given):
         return run(
             1,
-            *flags(tiny_model, chats, **where, **given),
+            *flags(tiny_model, chats, override_opt_param_scheduler=True, **where, **given),
             *more,
             status=tmp_path / "status",
         )
@@ -200,3 +200,6 @@ def test_another_loss_is_refused_by_name(tiny_model, chats, tmp_path):
     assert refused.codes == [2] and refused.word == "refused" and not refused.steps
     assert "loss: name was 'dft', is 'sft'" in refused.texts[0]
     assert "--allow-change loss" in refused.texts[0]
+    allowed = go("--allow-change", "loss", loss="sft", train_iters=2)
+    assert allowed.word == "finished" and [s["step"] for s in allowed.steps] == [2]
+    assert "warning: resuming with a change: loss: name was 'dft', is 'sft'" in allowed.texts[0]

@@ -1,129 +1,149 @@
-"""The real finetune.sbatch on a real Slurm of virtual nodes, training a tiny model on CPU."""
+"""The real finetune.sbatch on a real Slurm of virtual nodes trains as one process does.
+
+The jobs are in stories.py; what they are compared with runs on the fork server.
+"""
+
+import shutil
+import subprocess
 
 import pytest
 
-from tests.cluster.runs import assert_same_tensors
-from tests.cluster.slurm import ROOT, write_config
-from tests.train.launch import flags, run_train
+from tests.cluster.runs import assert_same_tensors, rows_of_steps, run
+from tests.cluster.slurm import ROOT
+from tests.cluster.stories import SAVES, STEPS, TP2_DP2, arguments
 
-# Seconds, for a machine that others load too; nothing waits longer than it has to.
-# Minutes each on a virtual cluster: `bash tests/run.sh -m slow tests/cluster`.
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
-STEPS = 40
-
-
-def arguments(tiny_model, chats, **more):
-    given = dict(loss="dft", train_iters=STEPS, save_interval=1000, seed=7)
-    return flags(tiny_model, chats, **{**given, **more})
+# For a machine that others load too; nothing waits longer than it has to.
+pytestmark = pytest.mark.timeout(900)
+ALL = list(range(1, STEPS + 1))
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model, chats):
-    """Plain cross entropy of each step on one process."""
-    return [step["lm loss"] for step in run_train(1, *arguments(tiny_model, chats))]
+def alone(tiny_model, chats, tmp_path_factory):
+    """One process, from start to end."""
+    return run(1, *arguments(tiny_model, chats), status=tmp_path_factory.mktemp("s") / "status")
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, chats, data_cache, tmp_path_factory):
-    import os
-
-    directory = tmp_path_factory.mktemp("configs")
-
-    def write(name, procs, settings=None, **more):
-        return write_config(
-            directory / f"{name}.sh",
-            arguments(tiny_model, chats, **more),
-            procs,
-            os.environ["MEGATRON_DFT_DATA_CACHE"],
-            **(settings or {}),
-        )
-
-    return write
+def uninterrupted(tiny_model, chats, tmp_path_factory):
+    """TP 2 × DP 2 from start to end, and its checkpoints."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    words = arguments(tiny_model, chats, save=directory / "c", **TP2_DP2)
+    ended = run(4, *words, status=directory / "status")
+    assert ended.word == "finished"
+    ended.checkpoints = directory / "c"
+    return ended
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(cluster, config, tmp_path_factory):
-    """2 nodes × 2 ranks, TP 2 × DP 2, from start to end."""
-    path = config("tp2dp2", 2, tensor_model_parallel_size=2)
-    job = cluster.submit(path, tmp_path_factory.mktemp("runs") / "tp2dp2", 2)
-    job.end = job.ended()
-    return job
+def figures(job, steps=ALL):
+    """Those of each step; a step that was trained twice gave the same ones."""
+    found = {}
+    for one in job.figures():
+        assert found.setdefault(one["step"], one) == one
+    assert sorted(found) == steps
+    return [found[step] for step in steps]
 
 
-def agrees(job, alone):
-    losses = job.losses()
-    assert sorted(losses) == list(range(1, STEPS + 1))
+def close_to(expected):
+    return [pytest.approx(one, rel=1e-4, abs=1e-6) for one in expected]
+
+
+def test_two_nodes_of_two_ranks_train_like_one_process(stories, alone):
+    told = stories["interrupted"]
+    assert told.end == ("COMPLETED", "0:0")
+    assert told.job.success and not told.early
+    assert figures(told.job) == close_to(alone.steps)
+    assert rows_of_steps(told.job.rows()) == rows_of_steps(alone.rows)
+    assert (told.job.run_dir / "hf" / "config.json").exists()
+    for leg in ("0", "1", "2"):
+        names = {path.name for path in (told.job.run_dir / "legs" / leg).iterdir()}
+        assert {"node.sh", "config.sh", "finetune.sbatch", "environment"} <= names
+
+
+def test_a_stop_and_the_death_of_a_rank_cost_no_bit(stories, uninterrupted):
+    """Signal in step 2: saved there. kill -9 in step 6: back to 4. Then as if nothing had been."""
+    job = stories["interrupted"].job
+    assert job.ends() == ["stopped", "died", "finished"]
+    assert job.resumed() == [2, SAVES] and job.show("Restarts") == "2"
+    assert job.checkpoints() == [2, SAVES, STEPS]
+    assert figures(job) == uninterrupted.steps
+    assert job.rows() == uninterrupted.rows
+    last = f"iter_{STEPS:07d}"
+    assert_same_tensors(uninterrupted.checkpoints / last, job.run_dir / "checkpoints" / last)
+
+
+def test_preflight_looked_at_every_node_before_each_leg(stories):
+    text = stories["interrupted"].job.text()
+    assert text.count("all-reduce between the nodes") == 3 and "bad nodes" not in text
+
+
+def test_a_bad_node_is_named_and_no_rank_is_started(stories):
+    told = stories["bad_node"]
+    assert told.end == ("FAILED", "1:0")
+    assert told.job.show("Restarts") == "0" and not told.job.success
+    assert f"bad nodes: {told.bad} (leave them out" in told.job.text()
+    assert "No space left on device" in told.job.text()
+    assert "ROWS" not in told.job.text() and not told.job.ends()
+
+
+def test_four_nodes_of_one_rank_train_like_one_process(stories, alone):
+    told = stories["four_nodes"]
+    assert told.end == ("COMPLETED", "0:0") and told.job.success
+    losses = told.job.losses()
+    assert sorted(losses) == ALL
     # The progress line has four decimals.
-    assert [losses[step] for step in sorted(losses)] == pytest.approx(alone, abs=1e-4)
+    expected = [step["lm loss"] for step in alone.steps]
+    assert [losses[step] for step in ALL] == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_nodes_of_two_ranks_train_like_one_process(uninterrupted, alone):
-    assert uninterrupted.end == ("COMPLETED", "0:0")
-    assert uninterrupted.success
-    agrees(uninterrupted, alone)
-    leg = uninterrupted.run_dir / "legs" / "0"
-    assert {"node.sh", "config.sh", "finetune.sbatch", "environment"} <= {
-        path.name for path in leg.iterdir()
-    }
-    assert (uninterrupted.run_dir / "hf" / "config.json").exists()
+def test_a_damaged_checkpoint_is_passed_over_and_another_layout_goes_on(stories, uninterrupted):
+    """TP 2 × DP 2 → PP 2."""
+    told = stories["other_layout"]
+    assert told.end == ("COMPLETED", "0:0") and told.job.success
+    assert told.job.resumed() == [SAVES]
+    assert "latest_checkpointed_iteration.txt holds 'garbage'" in told.job.text()
+    assert "does not have its checksum; passed over" in told.job.text()
+    rest = [step for step in ALL if step > SAVES]
+    assert figures(told.job, rest) == close_to(uninterrupted.steps[SAVES:])
+    rows = rows_of_steps(uninterrupted.rows)
+    assert rows_of_steps(told.job.rows()) == {step: rows[step] for step in rest}
 
 
-def test_the_signal_ahead_of_the_limit_costs_nothing(cluster, config, uninterrupted, tmp_path):
-    """Stop, save, requeue, resume: every loss and every tensor as without the interruption."""
-    path = config("interrupted", 2, tensor_model_parallel_size=2)
-    job = cluster.submit(path, tmp_path / "interrupted", 2)
-    job.until(r"step 2/")
-    job.signal_batch("USR1")
-    job.until(r"requeueing: leg 0 ended with 'stopped'")
-    assert not job.success
-    assert job.ended() == ("COMPLETED", "0:0")
-    assert job.show("Restarts") == "1"
-    assert job.success
-    saved = sorted(path.name for path in (job.run_dir / "checkpoints").glob("iter_*"))
-    assert len(saved) == 2 and saved[-1] == f"iter_{STEPS:07d}"
-    assert f"going on from step {int(saved[0][5:])}" in job.text()
-    assert job.losses() == uninterrupted.losses()
-    assert_same_tensors(*(j.run_dir / "checkpoints" / saved[-1] for j in (job, uninterrupted)))
+def test_the_time_limit_itself(stories, alone):
+    """Slurm's own signal; a second one may come where the machine is slow, and costs nothing."""
+    told = stories["time_limit"]
+    assert told.end == ("COMPLETED", "0:0") and told.job.success
+    *stopped, last = told.job.ends()
+    assert stopped and set(stopped) == {"stopped"} and last == "finished"
+    assert "USR1: asking the ranks to stop" in told.job.text()
+    assert told.job.resumed()[0] == 2
+    assert figures(told.job) == alone.steps
 
 
-def test_four_nodes_of_one_rank_train_like_one_process(cluster, config, alone, tmp_path):
-    path = config("tp2pp2", 1, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    job = cluster.submit(path, tmp_path / "tp2pp2", 4)
-    assert job.ended() == ("COMPLETED", "0:0")
-    assert job.success
-    agrees(job, alone)
+EXAMPLES = sorted(
+    set((ROOT / "examples/configs").glob("*.sh")) - {ROOT / "examples/configs/recipe.sh"}
+)
+NODES = {"qwen2.5-32b": 4, "llama-3.1-70b": 8, "qwen3-30b-a3b": 2, "long-context": 2}
 
 
-def test_a_wrong_setting_fails_without_a_restart(cluster, config, tmp_path):
-    path = config("wrong", 1)
-    job = cluster.submit(path, tmp_path / "wrong", 1, "--lr", "0.1", "--keep-last", "0")
-    assert job.ended() == ("FAILED", "2:0")
-    assert job.show("Restarts") == "0"
-    assert "--keep-last: expected at least 1 checkpoint" in job.text()
-    assert not job.success
+@pytest.mark.parametrize("script", ["finetune", "sweep"])
+@pytest.mark.parametrize("config", EXAMPLES, ids=lambda path: path.stem)
+def test_slurm_accepts_every_example(config, script, cluster):
+    """On nodes of 8 GPUs."""
+
+    def test_only(nodes):
+        words = ["sbatch", "--test-only", f"--nodes={nodes}", f"examples/slurm/{script}.sbatch"]
+        return cluster.run(*words, str(config), TRAIN_DATA="x.jsonl", check=False)
+
+    accepted = test_only(NODES.get(config.stem, 1))
+    assert accepted.returncode == 0, accepted.stderr
+    assert test_only(cluster.nodes + 1).returncode != 0
+    command = ["bash", f"examples/slurm/{script}.sbatch", "--dry-run", str(config)]
+    shown = cluster.run(*command, TRAIN_DATA="x.jsonl").stdout
+    assert "-m megatron_dft.train" in shown and "--hf-model" in shown
 
 
-EXAMPLES = sorted((ROOT / "examples/configs").glob("*.sh"))
-NODES = {"qwen2.5-32b": 4, "llama-3.1-70b": 4, "qwen3-30b-a3b": 2, "long-context": 2}
-
-
-def test_slurm_accepts_every_example(cluster):
-    """8 GPUs a node; the cluster has four nodes, so the 70B is asked for on four."""
-    for path in EXAMPLES:
-        if path.stem == "recipe":
-            continue
-        nodes = NODES.get(path.stem, 1)
-        for script in ("finetune", "sweep"):
-            done = cluster.run(
-                "sbatch",
-                "--test-only",
-                f"--nodes={nodes}",
-                f"examples/slurm/{script}.sbatch",
-                str(path),
-                TRAIN_DATA="x.jsonl",
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
-    refused = cluster.run("sbatch", "--test-only", "--nodes=5", "examples/slurm/finetune.sbatch",
-                          str(EXAMPLES[0]), check=False)  # fmt: skip
-    assert refused.returncode != 0
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_is_content():
+    found = [*(ROOT / "examples").rglob("*.sh"), *(ROOT / "examples").rglob("*.sbatch")]
+    assert len(found) > 10
+    subprocess.run(["shellcheck", "-x", *found], check=True, cwd=ROOT)

@@ -65,5 +65,6 @@ def test_one_signal_one_checkpoint_and_a_bit_equal_continuation(
     rest = go("parts")
     assert rest.word == "finished" and rest.codes == [0] * ranks
     assert stopped.steps + rest.steps == whole.steps
+    assert stopped.rows | rest.rows == whole.rows and len(stopped.rows) == 2 * ranks
     assert_same_tensors(tmp_path / "whole/iter_0000004", tmp_path / "parts/iter_0000004")
     assert not list(Path(tmp_path).rglob("*.part"))

@@ -8,26 +8,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tests.train import listener
 
 
 def _rank(argv: list[str], before: Callable[[], None] | None) -> tuple[int, list[dict[str, float]]]:
-    from megatron_dft import progress, report, train
+    from megatron_dft import train
 
     heard: list[dict[str, float]] = []
-    plain = progress.Progress.log
-
-    def log(self: Any, losses: dict[str, Any], call: dict[str, Any]) -> None:
-        if losses:
-            heard.append({name: float(value) for name, value in losses.items()})
-            # A mean over context-parallel ranks too: the one figure that depends on the layout.
-            heard[-1].pop(report.TOKENS)
-            heard[-1]["grad_norm"] = float(call["grad_norm"])
-        plain(self, losses, call)
-
-    progress.Progress.log = log  # type: ignore[method-assign]
+    listener.on_figures(heard.append)
     if before is not None:
         before()
-    return train.main(argv), heard
+    return train.main(argv), [{k: v for k, v in one.items() if k != "step"} for one in heard]
 
 
 def run_train(
