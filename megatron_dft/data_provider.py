@@ -78,6 +78,9 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         _guard_resume(args, train)
         counted = {name: count for name, count in train.counts.items() if count}
         print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
+        if train.scores is not None:
+            model = train.scores.header["model"]
+            print_rank_0(f"> reference: stored scores of {model['name']}, made in {model['dtype']}")
     if args.valid_data and (args.full_validation or args.eval_iters):
         valid = build(args, "--valid-data", num_samples[1], shuffle=False)
     return train, valid, None
