@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dft import checks, score_checks
+from megatron_dft import checks, fake_quantize, score_checks
 from megatron_dft.cpu import runtime
 from megatron_dft.data import flags as data_flags
 from megatron_dft.gemma_checks import check_own_layers, same_own_layers
+from megatron_dft.hf import bridge
 from megatron_dft.hf.config import megatron_args
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.losses import registry
@@ -115,6 +116,7 @@ def add_arguments(
         help="Hugging Face checkpoint (safetensors) to start from: a directory or a hub name; its "
         "config.json sets the model's flags",
     )
+    bridge.add_argument(group)
     group.add_argument("--hf-revision", metavar="COMMIT", help="revision of a hub name")
     group.add_argument(
         "--save-hf", metavar="DIR", help="write a Hugging Face checkpoint here at the end"
@@ -199,6 +201,7 @@ def add_arguments(
         help="hold ‖θ − θ₀‖/‖θ₀‖ here by adapting --l2sp-coeff after each step, from the value "
         "given, by at most a factor of 100; measures the norm in every step",
     )
+    fake_quantize.add_arguments(group)
     data_flags.add_arguments(parser.add_argument_group("data"))
     registry.add_arguments(parser.add_argument_group("objective"))
     if scoring:
@@ -269,6 +272,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool) -> None:
             given.get("hf_revision"),
             trust_remote_code=given.get("trust_remote_code", False),
         )
+        bridge.check_training(given.get("hf_bridge", "auto"), checkpoint)
         model = megatron_args(checkpoint)
         checks.no_contradiction(parser, given, model, given["hf_model"])
         vocab_size = model["vocab_size"]
@@ -293,6 +297,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool) -> None:
     checks.check(args, world_size, checkpoint, objective)
     if checkpoint is not None:
         check_own_layers(args, checkpoint, runtime.is_active())
+    fake_quantize.check(args)
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)

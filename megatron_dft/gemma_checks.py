@@ -33,6 +33,7 @@ def check_own_layers(args: argparse.Namespace, checkpoint: HFCheckpoint, on_cpu:
         )
     refused = {
         "--mtp-num-layers": args.mtp_num_layers,
+        "--qat": args.qat,
         "--use-transformer-engine-op-fuser": getattr(
             args, "use_transformer_engine_op_fuser", False
         ),

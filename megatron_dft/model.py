@@ -8,7 +8,7 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_dft import compat, logits_probe
+from megatron_dft import compat, fake_quantize, logits_probe
 from megatron_dft.arguments import settings
 from megatron_dft.hf.config import apply_to_model_config
 from megatron_dft.hf.keys import with_te_keys
@@ -80,6 +80,9 @@ def prepare(chunks: list[Any], args: Any) -> None:
     if chosen.checkpoint is not None and (lens_is_wanted(args) or not resumes):
         print_rank_0(f"> reading the weights of {chosen.checkpoint.name} ...")
         load_hf_weights(chunks, chosen.checkpoint)
+    if args.qat is not None:
+        for chunk in chunks:
+            fake_quantize.insert(unwrap_model(chunk), args.qat)
     for chunk in (unwrap_model(c) for c in chunks):
         if not chunk.post_process:
             continue

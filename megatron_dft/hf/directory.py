@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -96,6 +97,16 @@ def finish(
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)
     publish(staging, out_dir)
+
+
+def discard(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def flush(files: Iterable[Path]) -> None:
+    """Bring weight files that another library wrote to the disk."""
+    for file in files:
+        _flush(file)
 
 
 def publish(staging: Path, out_dir: Path) -> None:

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.hf import bridge
 from megatron_dft.hf.import_command import add_source_arguments
 from megatron_dft.hf.quiet import quiet
-from megatron_dft.hf.source import open_checkpoint
+from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         revision = getattr(trained, "hf_revision", None)
     base = open_checkpoint(name, revision, args.trust_remote_code)
     card = model_card(base, objective=_objective(trained), parameters=_settings(trained))
+    if bridge.uses_bridge(base, args.hf_bridge):
+        return _through_bridge(args, base, card)
     with bar("export") as progress:
         out = export_checkpoint(
             source,
@@ -70,6 +73,24 @@ def run(args: argparse.Namespace) -> int:
         from megatron_dft.hf.compare import compare_logits
 
         compare_logits(open_checkpoint(out), source)
+    if args.push_to_hub:
+        push(out, args.push_to_hub)
+    return 0
+
+
+def _through_bridge(args: argparse.Namespace, base: HFCheckpoint, card: str) -> int:
+    for flag, given in (("--dtype", args.dtype), ("--verify", args.verify)):
+        if given:
+            raise ValueError(f"{flag}: not with megatron-bridge, which does its own; drop it")
+    out = bridge.export_checkpoint(
+        args.checkpoint,
+        base,
+        args.out,
+        overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code,
+        card=card,
+    )
+    print(f"written by megatron-bridge: {out}")
     if args.push_to_hub:
         push(out, args.push_to_hub)
     return 0

@@ -4,8 +4,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from megatron_dft.hf import bridge
 from megatron_dft.hf.quiet import quiet
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+
+STOCK_ROPE_FACTOR = 8.0  # what GPTModel gets whatever the flag says
 
 SUMMARY = "Hugging Face checkpoint -> torch_dist, on CPU, without holding the model"
 
@@ -24,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    bridge.add_argument(parser)
     parser.add_argument("--hf-revision", help="branch, tag or commit of the hub model")
     parser.add_argument(
         "--trust-remote-code",
@@ -36,7 +40,22 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     quiet()
     checkpoint = open_checkpoint(args.hf_model, args.hf_revision, args.trust_remote_code)
+    if bridge.uses_bridge(checkpoint, args.hf_bridge):
+        if args.verify:
+            raise ValueError(
+                "--verify: runs our tables' model; through megatron-bridge every byte is compared "
+                "anyway, drop it"
+            )
+        out = bridge.import_checkpoint(
+            checkpoint,
+            args.out,
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+        )
+        print(f"written by megatron-bridge: {out}; every tensor comes back byte for byte")
+        return 0
     # Megatron takes 10 s to import: a bad checkpoint is refused before.
+    from megatron_dft.hf.config import megatron_args, own_layers
     from megatron_dft.hf.convert_import import import_checkpoint
     from megatron_dft.hf.flags import megatron_flags
     from megatron_dft.hf.progress import bar
@@ -44,8 +63,22 @@ def run(args: argparse.Namespace) -> int:
     with bar("import") as progress:
         out = import_checkpoint(checkpoint, args.out, overwrite=args.overwrite, progress=progress)
     print(f"written: {out}")
-    print("Megatron's flags for it:\n")
-    print(" \\\n    ".join([f"--load {out} --ckpt-format torch_dist", *megatron_flags(checkpoint)]))
+    if own_layers(checkpoint) is None:
+        load = f"--load {out} --ckpt-format torch_dist"
+        print("Megatron's flags for it:\n")
+        print(" \\\n    ".join([load, *megatron_flags(checkpoint)]))
+        factor = megatron_args(checkpoint).get("rope_scaling_factor", STOCK_ROPE_FACTOR)
+        if factor != STOCK_ROPE_FACTOR:
+            print(
+                f"\nStock Megatron 0.19 takes --rope-scaling-factor {factor} and builds with "
+                f"{STOCK_ROPE_FACTOR} all the same: its logits will be wrong. megatron_dft.train "
+                "builds with what config.json says."
+            )
+    else:
+        print(
+            f"no flags of stock Megatron build {checkpoint.architecture}; train it with "
+            f"python -m megatron_dft.train --hf-model {checkpoint.name} --load {out} …"
+        )
     if args.verify:
         verify(checkpoint, out)
     return 0

@@ -167,6 +167,39 @@ def test_overwrite_without_the_exchange(tiny, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def traced_save(directory: Path, out: Path) -> list[tuple[str, str]]:
+    """(what, name) of every flush and rename of an export, in order."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def traced_fsync(fd):
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        fsync(fd)
+
+    def traced_rename(a, b):
+        events.append(("rename", Path(b).name))
+        rename(a, b)
+
+    models, checkpoint = models_for(directory)
+    os.fsync, os.rename = traced_fsync, traced_rename
+    try:
+        export.save_hf(models, checkpoint, out, card="a card")
+    finally:
+        os.fsync, os.rename = fsync, rename
+    return events
+
+
+def test_every_file_is_on_the_disk_before_the_rename_and_the_rename_after(tiny, tmp_path):
+    out = tmp_path / "out"
+    (events,) = run_ranks(traced_save, 1, tiny, out)
+    at = events.index(("rename", "out"))
+    before = {name for what, name in events[:at] if what == "flush"}
+    written = {p.name for p in out.rglob("*")}
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= written
+    assert before == written | {".out.incomplete"}
+    assert events[at + 1 :] == [("flush", tmp_path.name)]
+
+
 def test_card_states_method_data_and_figures(tiny):
     base = open_checkpoint(tiny)
     hub = HFCheckpoint(base.path, "org/model", "c0ffee", base.config, base.tensors)

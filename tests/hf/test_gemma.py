@@ -173,6 +173,7 @@ PLAIN = dict(
     transformer_impl="local",
     loss_chunk_size=None,
     mtp_num_layers=None,
+    qat=None,
     attention_backend=None,
 )
 
@@ -183,6 +184,7 @@ PLAIN = dict(
         ("gemma2", dict(loss_chunk_size=64), True, "--loss-chunk-size.*4.0.*drop the flag"),
         ("gemma2", dict(transformer_impl="transformer_engine"), False, "--device cuda.*cpu"),
         ("gemma3", {}, False, "--transformer-impl local.*install transformer-engine"),
+        ("gemma3", dict(qat="fp8"), True, "--qat.*drop the flag"),
         ("gemma3", dict(mtp_num_layers=1), True, "--mtp-num-layers.*drop the flag"),
         (
             "gemma3",
