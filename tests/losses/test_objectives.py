@@ -42,6 +42,21 @@ def test_dft_is_p_times_cross_entropy_with_the_gradient_of_minus_p():
     torch.testing.assert_close(gradient, -p)
 
 
+def test_asft_is_dft_plus_lambda_times_the_divergence_and_its_gradient():
+    log_prob = torch.tensor([-0.1, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    kl = torch.tensor([0.3, 2.0, torch.nan], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([1, 1, 0])
+    loss, weight = registry.get("asft", kl_weight=0.7)(TokenStats(log_prob, mask, kl=kl))
+    p = log_prob.detach().exp()
+    expected = -p * p.log() + 0.7 * kl.detach()
+    torch.testing.assert_close(loss.detach(), torch.where(mask == 1, expected, 0.0))
+    torch.testing.assert_close(weight, p * mask)
+    upstream = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64)
+    of_log_prob, of_kl = torch.autograd.grad(loss, (log_prob, kl), upstream)
+    torch.testing.assert_close(of_log_prob, -p * mask * upstream)
+    torch.testing.assert_close(of_kl, 0.7 * mask * upstream)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_weight_is_the_gradient_and_ignored_tokens_do_not_matter(name):
     torch.manual_seed(0)

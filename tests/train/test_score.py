@@ -105,18 +105,20 @@ def test_expert_parallel_ranks_score_as_one(chats, tmp_path):
 
 def test_a_megatron_checkpoint_is_scored_in_another_layout(tiny_model, chats, tmp_path, scores):
     """psft's old policy: the trained weights of --load, not those of --hf-model."""
-    save, out = tmp_path / "save", tmp_path / "out"
-    run_train(
-        1,
-        *flags(tiny_model, chats, save=save, save_interval=9, save_hf=out, train_iters=2, lr=2e-2),
-    )
-    loaded = score_flags(tiny_model, chats, tmp_path / "loaded", load=save)
-    score(2, [*loaded, "--tensor-model-parallel-size", "2"])
+    save, out, loaded = tmp_path / "save", tmp_path / "out", tmp_path / "loaded"
+    common = dict(loss="psft", lr=2e-2)
+    first = dict(save=save, save_interval=9, save_hf=out, train_iters=2)
+    run_train(1, *flags(tiny_model, chats, dft_reference_scores=scores, **first, **common))
+    argv = score_flags(tiny_model, chats, loaded, load=save)
+    score(2, [*argv, "--tensor-model-parallel-size", "2"])
     score(1, score_flags(out, chats, tmp_path / "exported"))
-    got = stored(tmp_path / "loaded")
-    assert np.abs(got - stored(tmp_path / "exported")).max() <= 1e-5
-    assert np.abs(got - stored(scores)).max() > 0.1
-    assert json.loads((tmp_path / "loaded" / "scores.json").read_text())["model"]["weights"]
+    assert np.abs(stored(loaded) - stored(tmp_path / "exported")).max() <= 1e-5
+    assert np.abs(stored(loaded) - stored(scores)).max() > 0.1
+    # The run may not go on against another reference without a word.
+    again = dict(load=save, train_iters=4, dft_reference_scores=loaded)
+    with pytest.raises(SystemExit, match="2") as refusal:
+        run_train(1, *flags(tiny_model, chats, **again, **common))
+    assert "--allow-change loss" in "".join(refusal.value.__notes__)
 
 
 # A learning rate at which the weight leaves 1 within three steps.
