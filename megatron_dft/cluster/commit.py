@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft.cluster import manifest
 from megatron_dft.cluster.hooks import wrap
@@ -109,7 +110,7 @@ def install(run: Callable[[], dict[str, Any]], keep: int | None) -> None:
             clear(directory)
             try:
                 request = original(state, checkpoint_dir, *args, **kwargs)
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # the latter is a BaseException
                 # torch's words for a full disk are "unexpected pos 704 vs 598".
                 free = shutil.disk_usage(directory).free / 2**20
                 raise RuntimeError(

@@ -87,6 +87,12 @@ def _say(text: str) -> None:
         print(f"> {text}", flush=True)
 
 
+def _all_done(args: Any) -> bool:
+    """Whether the run died after its last checkpoint, in the exports: there is no row left then,
+    which Megatron's sampler takes for an error, time and again."""
+    return bool(args.train_iters) and args.iteration >= args.train_iters
+
+
 def _install(run: _Run) -> stop.StopHandler:
     from megatron.training import training
 
@@ -100,9 +106,20 @@ def _install(run: _Run) -> stop.StopHandler:
     def choosing(original):
         def setup_model_and_optimizer(*positional, **named):
             run.before_model()
-            return original(*positional, **named)
+            built = original(*positional, **named)
+            if _all_done(args):
+                _say(f"step {args.iteration} was the last one: only what follows it is done again")
+                args.eval_iters, args.full_validation = 0, False
+            return built
 
         return setup_model_and_optimizer
+
+    def loading(original):
+        def build_pretraining_data_loader(dataset, consumed_samples):
+            # Without rows Megatron does not train, so it does not save the last step again either.
+            return None if _all_done(args) else original(dataset, consumed_samples)
+
+        return build_pretraining_data_loader
 
     def deciding(original):
         def checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, *rest, **named):
@@ -115,6 +132,7 @@ def _install(run: _Run) -> stop.StopHandler:
         return checkpoint_and_decide_exit
 
     wrap(training, "setup_model_and_optimizer", choosing)
+    wrap(training, "build_pretraining_data_loader", loading)
     wrap(training, "checkpoint_and_decide_exit", deciding)
     return handler
 

@@ -142,9 +142,10 @@ class Job:
 
 
 def write_config(
-    path: Path, flags: list[str], procs: int, faults: str = "", **settings: Any
+    path: Path, flags: list[str], procs: int, faults: str, last: str, settings: dict[str, Any]
 ) -> Path:
-    """A configuration for CPU ranks of the tests' own Python; `faults` as faulty.py takes them."""
+    """A configuration for CPU ranks of the tests' own Python; `faults` as faulty.py takes them,
+    `last` is its last line."""
     wrapper = path.with_suffix(".python")
     wrapper.write_text(
         f'#!/bin/bash\nexec {sys.executable} "${{@/#megatron_dft.train/tests.cluster.faulty}}"\n'
@@ -157,6 +158,7 @@ def write_config(
         f"export TORCHDYNAMO_DISABLE=1 MEGATRON_DFT_DATA_CACHE={shlex.quote(cache)}",
         f"export FAULTS={shlex.quote(faults)}",
         f"TRAIN_ARGS=(--device cpu {shlex.join(flags)})",
+        last,
     ]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -22,7 +22,7 @@ TP2_DP2: dict[str, Any] = dict(
     use_distributed_optimizer=True,
     dist_ckpt_optim_fully_reshardable=True,
 )
-HANG = 60  # seconds; more than a start-up takes on a busy machine
+HANG = 45  # seconds; more than a start-up takes on a busy machine
 
 
 def arguments(model: Path, data: Path, **given: Any) -> list[str]:
@@ -66,16 +66,18 @@ class Stories:
         procs: int,
         *options: str,
         faults: str = "",
+        last: str = "",
         settings: dict[str, Any] | None = None,
         **given: Any,
     ) -> Job:
-        """A job of the real finetune.sbatch; `given` are flags, `settings` the configuration's."""
+        """A job of the real finetune.sbatch; `given` are flags, the others the configuration's."""
         path = write_config(
             self.directory / f"{name}.sh",
             arguments(self.model, self.data, **given),
             procs,
             faults,
-            **(settings or {}),
+            last,
+            settings or {},
         )
         return self.cluster.submit(path, self.directory / name, nodes, options=options)
 
@@ -133,7 +135,8 @@ def _lost_node_frozen_rank_cancelled(stories: Stories) -> Told:
         1,
         faults="0:6:0:hold 1:6:1:freeze 2:7:0:hold",
         tensor_model_parallel_size=2,
-        hang_timeout=HANG,
+        # Only where a rank stands still: Slurm needs most of a minute to miss a node.
+        last=f"[ ${{SLURM_RESTART_COUNT:-0}} != 1 ] || TRAIN_ARGS+=(--hang-timeout {HANG})",
     )
     job.until("FAULT hold in step 6")
     nodes = stories.cluster.names(job.show("NodeList"))

@@ -165,7 +165,7 @@ def test_old_checkpoints_are_deleted_and_the_new_one_never(tmp_path):
     assert manifest.iterations(tmp_path) == [4, 9]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     from megatron_dft.cluster import commit, status
 
     path = tmp_path / "latest_checkpointed_iteration.txt"
@@ -180,6 +180,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         assert path.read_text() == "10"
     assert path.read_text() == "20"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+    def killed(_):
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr(status.os, "fsync", killed)
+    with pytest.raises(RuntimeError):
+        status.write_whole(path, "30")
+    assert path.read_text() == "20"
 
 
 def test_another_loss_is_refused_unless_allowed_by_name(tiny_model, chats, tmp_path):

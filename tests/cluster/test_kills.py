@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.runs import assert_same_tensors, run
-from tests.train.launch import flags
+from tests.train.launch import flags, largest_relative_error, weights
 
 STEPS, SAVES = 6, 2
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -91,10 +91,10 @@ def _no_helper_process():
 def whole(tiny_model, chats, tmp_path_factory):
     """The run from start to end, with checkpoints of steps 2, 4 and 6."""
     directory = tmp_path_factory.mktemp("whole")
-    words = arguments(tiny_model, chats, directory / "c")
+    words = arguments(tiny_model, chats, directory / "c", save_hf=directory / "hf")
     ended = run(1, *words, status=directory / "status", before=_no_helper_process)
     assert ended.word == "finished"
-    ended.checkpoints = directory / "c"
+    ended.checkpoints, ended.exported = directory / "c", directory / "hf"
     return ended
 
 
@@ -115,6 +115,25 @@ def test_a_kill_inside_the_second_save(point, whole, tiny_model, chats, tmp_path
         run(1, *words, status=status, before=point)
     assert not status.exists()
     goes_on(whole, run(1, *words, status=status), tmp_path / "c", POINTS[point])
+
+
+def _in_the_export():
+    from megatron_dft import output
+
+    output.Output.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_after_the_last_step_costs_the_export_alone(whole, tiny_model, chats, tmp_path):
+    status, exported = tmp_path / "status", tmp_path / "hf"
+    words = arguments(tiny_model, chats, tmp_path / "c", save_hf=exported)
+    with pytest.raises(TimeoutError, match="died without a word"):
+        run(1, *words, status=status, before=_in_the_export)
+    assert not status.exists() and not exported.exists()
+    saved = (tmp_path / "c" / f"iter_{STEPS:07d}" / "megatron_dft.json").stat().st_mtime_ns
+    rest = run(1, *words, status=status)
+    assert rest.word == "finished" and not rest.rows
+    assert largest_relative_error(weights(exported), weights(whole.exported)) == 0
+    assert (tmp_path / "c" / f"iter_{STEPS:07d}" / "megatron_dft.json").stat().st_mtime_ns == saved
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

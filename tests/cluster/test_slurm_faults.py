@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.stories import SAVES, STEPS
+from tests.cluster.stories import HANG, SAVES, STEPS
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -17,7 +17,7 @@ def test_the_death_of_a_node_moves_the_job_to_others(stories):
 def test_a_rank_that_stands_still_is_shown_and_ended(stories):
     job = stories["lost_node_frozen_rank_cancelled"].job
     text = job.text()
-    assert "error: rank 0: no progress for 60 s in step 6 (--hang-timeout)" in text
+    assert f"error: rank 0: no progress for {HANG} s in step 6 (--hang-timeout)" in text
     assert "Current thread" in text
     assert "requeueing: leg 1 ended with 'hang' at step 4" in text
     assert job.resumed() == [SAVES, SAVES]
