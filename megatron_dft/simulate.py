@@ -47,7 +47,7 @@ def main() -> int:
     said = io.StringIO()  # Megatron lists every argument
     try:
         with contextlib.redirect_stdout(said):
-            train._configure(sys.argv[1:])
+            train._configure(sys.argv[1:], scoring=False)
             configured = time.monotonic()
             from megatron.training.initialize import initialize_megatron
 
