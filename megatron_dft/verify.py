@@ -11,6 +11,8 @@ import sys
 import torch
 
 from megatron_dft.cpu import runtime
+from megatron_dft.hf.config import own_layers
+from megatron_dft.hf.source import open_checkpoint
 
 TOLERANCE = 1e-3  # of the largest logit; rounding in fp32 is a hundred times smaller
 PROMPT = "If a train travels 120 km in 1.5 hours, how fast is it?"
@@ -23,6 +25,11 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         runtime.activate()
+    elif own_layers(open_checkpoint(args.hf_directory)) is not None:
+        print(
+            "--verify: this architecture is compared on the CPU layers; set CUDA_VISIBLE_DEVICES="
+        )
+        return 1
     ids = _prompt(args.hf_directory)
     ours = _megatron_logits(args.hf_directory, args.torch_dist, ids)
     theirs = _transformers_logits(args.hf_directory, ids)
@@ -44,7 +51,6 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
 
     from megatron_dft.hf import skeleton
     from megatron_dft.hf.convert_export import find_iteration
-    from megatron_dft.hf.source import open_checkpoint
 
     source = str(find_iteration(torch_dist))
     with skeleton.single_process():

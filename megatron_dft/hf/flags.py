@@ -44,7 +44,10 @@ def _flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
         elif isinstance(value, tuple):
             return f"{option} {','.join(map(str, value))}"
         elif isinstance(value, list):
-            return f"{option} {shlex.quote(str(value))}"
+            # Megatron's parser of layer patterns takes no blanks.
+            return f"{option} {shlex.quote(str(value).replace(' ', ''))}"
         else:
+            if action.type is int and isinstance(value, float) and value.is_integer():
+                value = int(value)  # config.json writes the rotary base as 1000000.0
             return f"{option} {value}"
     raise AssertionError(f"no flag of Megatron's sets {name} to {value!r}")

@@ -1,11 +1,13 @@
 """config.json -> Megatron's arguments, and the layouts that divide."""
 
 import json
+import shlex
 import sys
 
 import pytest
 
-from megatron_dft.hf.config import megatron_args
+from megatron_dft.hf.config import TRAINING_DEFAULTS, megatron_args
+from megatron_dft.hf.flags import megatron_flags, megatron_parser
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import open_checkpoint
 from tests.hf.tiny import KINDS, make_tiny
@@ -44,6 +46,15 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_is_a_destination_of_megatrons_parser(kind, tiny, parser_namespace):
     assert megatron_args(tiny(kind)).keys() <= parser_namespace.keys()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith("gemma")])
+def test_the_printed_flags_say_the_same_to_megatrons_parser(kind, tiny):
+    words = [word for flag in megatron_flags(tiny(kind)) for word in shlex.split(flag)]
+    parsed = vars(megatron_parser().parse_args(words))
+    for name, value in megatron_args(tiny(kind)).items():
+        if name not in TRAINING_DEFAULTS or "dropout" in name:
+            assert parsed[name] == value, name
 
 
 def test_values_of_a_llama3(tiny):

@@ -174,6 +174,8 @@ def test_commands(imported, tmp_path):
     )
     other = make_tiny("llama", tmp_path / "other", vocab_size=VOCABULARY, num_hidden_layers=3)
     wide = make_tiny("llama", tmp_path / "wide", vocab_size=VOCABULARY + 1)
+    rope = dict(KINDS["llama3"][1]["rope_parameters"], factor=32.0)
+    far = make_tiny("llama3", tmp_path / "far", num_hidden_layers=1, rope_parameters=rope)
     out = tmp_path / "out"
     calls: list[tuple[str, list[str], list[str]]] = [
         ("import", [str(source), str(out / "a")], ["--load", "--num-layers 4", "--swiglu"]),
@@ -195,6 +197,16 @@ def test_commands(imported, tmp_path):
             [str(torch_dist), str(out / "i"), "--hf-model", str(wide)],
             ["refused", "embedding", "[277, 32]", "[278, 32]"],
         ),
+        (
+            "import",
+            [str(imported["gemma3"][0]), str(out / "j")],
+            ["no flags of stock Megatron build Gemma3ForCausalLM", "megatron_dft.train"],
+        ),
+        (
+            "import",
+            [str(far), str(out / "k")],
+            ["--rope-scaling-factor 32", "logits will be wrong"],
+        ),
     ]
     env = dict(HF_HUB_OFFLINE="1")
     answers = apart(commands, [(name, words) for name, words, _ in calls], env=env)
@@ -202,7 +214,7 @@ def test_commands(imported, tmp_path):
         for word in expected:
             assert word in answer, (name, words, answer)
     assert_same_bytes(out / "e", source)
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == list("aef")
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == list("aefjk")
     assert open_checkpoint(out / "f").config["dtype"] == "bfloat16"
     card = (out / "e" / "README.md").read_text()
     assert str(source) in card
