@@ -28,7 +28,7 @@ from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.hf.torch_dist import TRACKER, TorchDistWriter
 
-BOX_BYTES = 8 * 2**20  # larger ones leave the caches and cost page faults: half the speed at 64
+BOX_BYTES = 8 * 2**20  # no larger: malloc reuses such memory, larger boxes fault it in anew
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None]
