@@ -1,6 +1,6 @@
 """The method's claims in miniature, on a CPU: five ways to tune one small model, on two tasks.
 
-    python examples/study/study.py                  # about 20 minutes on one core
+    python examples/study/study.py                  # about 25 minutes on one core
     python examples/study/study.py --jobs 2 --seeds 3 --out runs/study
 
 A small Llama is pre-trained on additions, sorting, facts and sentences. From it SFT, DFT, dft-mix,

@@ -106,7 +106,10 @@ def sections(result: dict[str, Any]) -> list[Section]:
     tables = [
         Table((name, *_FIELDS), [[k, *(row[f] for f in _FIELDS)] for k, row in rows.items()])
         for name, rows in (
-            ("all", {"all": result["overall"]}),
+            (
+                "all",
+                {"all": result["overall"], "without special tokens": result["without_special"]},
+            ),
             ("place in the answer", result["places"]),
             ("token class", result["classes"]),
         )

@@ -14,7 +14,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink);
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 24px 64px; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; }
 h2 { font-size: 19px; margin: 40px 0 6px; padding-top: 14px; border-top: 1px solid var(--line); }
 p { margin: 6px 0 12px; max-width: 78ch; }
@@ -27,7 +27,7 @@ figure { margin: 12px 0; } img { max-width: 100%; height: auto; display: block; 
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { position: sticky; top: 0; background: var(--band); text-align: right; cursor: pointer;
   white-space: nowrap; }
-th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); }
+th, td { padding: 5px 8px; border-bottom: 1px solid var(--line); }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre; }
