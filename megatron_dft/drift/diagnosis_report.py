@@ -56,7 +56,7 @@ def _groups(result: dict[str, Any]) -> bytes:
             cmap="Blues",
         )
         means = [r["mean_prob"] for r in rows]
-        ax.plot(range(len(rows)), means, "o", color=plots.colour(1), label="mean")
+        ax.plot(range(len(rows)), means, "o", color=plots.colour(1), label="mean", clip_on=False)
         ax.set_xticks(range(len(rows)), list(result[key]))
         ax.grid(False)
         ax.set(title=f"Probability by {name}", ylabel="p")

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#1f5fa8", "#d1661a", "#2b8a4b", "#9a3fa0", "#b02a37", "#6b7280", "#0f8b8d", "#c29000")
 Report = dict[str, Any]
@@ -31,6 +32,13 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def _number_layers(*axes: Axes) -> None:
+    """Whole numbers below the axis: there is no layer 0.25."""
+    for ax in axes:
+        ax.set_xlabel("layer")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _layers(method: Report) -> list[str]:
     return [k for k in method["layers"] if k.isdecimal()]
 
@@ -43,7 +51,7 @@ def layers(report: Report) -> bytes:
         for ax, field in ((left, "relative_norm"), (right, "unchanged_bf16")):
             values = [method["layers"][k][field] for k in keys]
             ax.plot([int(k) for k in keys], values, "o-", ms=4, color=colour(i), label=label)
-    left.set(title="Relative update norm ‖Δ‖/‖θ₀‖", xlabel="layer")
+    left.set(title="Relative update norm ‖Δ‖/‖θ₀‖")
     norms = [
         row["relative_norm"] for m in report["methods"].values() for row in m["layers"].values()
     ]
@@ -53,7 +61,8 @@ def layers(report: Report) -> bytes:
         left.set(yscale="log")
     else:
         left.set_ylim(bottom=0)
-    right.set(title="Share of weights unchanged in bfloat16", xlabel="layer", ylim=(-0.02, 1.02))
+    right.set(title="Share of weights unchanged in bfloat16", ylim=(-0.02, 1.02))
+    _number_layers(left, right)
     left.legend(frameon=False)
     return png(picture)
 
@@ -124,6 +133,13 @@ def ranks(report: Report) -> bytes:
     methods = report["methods"]
     picture, axes = figure(min(len(methods), 2), 3.8 * -(-len(methods) // 2), -(-len(methods) // 2))
     kinds: list[str] = []
+    found = [
+        row["stable_rank"]
+        for method in methods.values()
+        for row in method["tensors"].values()
+        if row["stable_rank"]
+    ]
+    is_wide = bool(found) and max(found) > 10 * min(found)
     for ax, (label, method) in zip(axes, methods.items(), strict=False):
         for row in method["tensors"].values():
             if row["stable_rank"] is None or not row["layer"].isdecimal():
@@ -135,7 +151,10 @@ def ranks(report: Report) -> bytes:
             place, rank = int(row["layer"]), row["stable_rank"]
             ax.plot([place, place], [low, rank], color=dot_colour, lw=0.8, alpha=0.5)
             ax.plot([place], [rank], "o", ms=4, color=dot_colour)
-        ax.set(title=label, xlabel="layer", ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log")
+        ax.set(title=label, ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log" if is_wide else "linear")
+        if not is_wide:
+            ax.set_ylim(0, 1.05 * max(found, default=1.0))
+        _number_layers(ax)
     for i, kind in enumerate(kinds):
         axes[0].plot([], [], "o", ms=5, color=colour(i), label=kind)
     if kinds:
@@ -162,6 +181,8 @@ def cosines(report: Report) -> bytes:
             label=f"{cosine['labels'][j]} · {cosine['labels'][i]}",
         )
     ax.axhline(0, color="#6b7280", lw=0.8)
-    ax.set(title="Cosine between updates", xlabel="layer", ylim=(-1.05, 1.05))
-    ax.legend(frameon=False)
+    ax.set(title="Cosine between updates", ylim=(-1.05, 1.05))
+    _number_layers(ax)
+    # Ten pairs of five methods would hide the lines.
+    picture.legend(frameon=False, loc="outside right upper", fontsize=8)
     return png(picture)
