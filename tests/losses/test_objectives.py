@@ -182,6 +182,24 @@ def test_a_conversation_split_over_context_parallel_ranks_weighs_the_same(name, 
         torch.testing.assert_close(torch.cat([a, b, c, d], dim=1), whole[i], rtol=1e-6, atol=0)
 
 
+def _last_conversation_on_one_rank():
+    rank = dist.get_rank()
+    return registry.get("dft-sequence")(
+        TokenStats(
+            torch.log(torch.tensor([[[0.5, 0.4]], [[0.2, 0.3]]]))[rank],
+            torch.ones(1, 2),
+            segment_ids=torch.tensor([[[0, 0]], [[0, 1]]])[rank],
+            context_parallel_group=dist.group.WORLD,
+        )
+    ).weight
+
+
+def test_a_rank_need_not_hold_a_token_of_every_conversation():
+    first, second = run_ranks(_last_conversation_on_one_rank, 2)
+    torch.testing.assert_close(first, torch.tensor([[0.04, 0.04]]))
+    torch.testing.assert_close(second, torch.tensor([[0.04, 0.3]]))
+
+
 def test_without_segment_ids_each_row_is_a_conversation():
     log_prob = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.4]]))
     _, weight = registry.get("dft-sequence")(TokenStats(log_prob, torch.ones(2, 2)))
