@@ -4,6 +4,7 @@ Each work-round names its reason, is applied once, and fails loudly where the sy
 gone. Tested with megatron-core 0.19.2.
 """
 
+import argparse
 import importlib
 import inspect
 import queue
@@ -25,6 +26,21 @@ def check_release() -> str:
             "pip install 'megatron-core[training]>=0.19,<0.21', or use patches/ for older releases"
         )
     return release
+
+
+def mend_help(parser: argparse.ArgumentParser) -> None:
+    """Let --help print: 0.19 has a bare % in the help of --moe-paged-stash-buffer-size-factor-cuda.
+
+    argparse formats a help text with %, and fails on the whole page for one that cannot be.
+    """
+    formatter = argparse.HelpFormatter(parser.prog)
+    for action in parser._actions:
+        if not action.help:
+            continue
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 _originals: dict[tuple[str, str], Callable] = {}

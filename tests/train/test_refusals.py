@@ -188,3 +188,26 @@ def test_an_existing_export_is_not_overwritten(tiny_model, chats, tmp_path):
     (tmp_path / "out" / "precious").write_text("x")
     ((status, text),) = _refused(1, flags(tiny_model, chats, save_hf=tmp_path / "out"))
     assert status == 2 and "--overwrite" in text
+
+
+def _help(argv):
+    import contextlib
+    import io
+
+    from megatron_dft import train
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            train.main(argv)
+        except SystemExit as exit:
+            return exit.code, text.getvalue()
+
+
+def test_help_prints_megatrons_flags_and_ours():
+    ((status, text),) = run_ranks(_help, 1, ["--help"], init=False)
+    assert status == 0
+    words = text.split()
+    for flag in ("--tensor-model-parallel-size", "--hf-model", "--train-data", "--dft-mix-alpha"):
+        assert flag in words, flag
+    assert "2508.05629" in text
