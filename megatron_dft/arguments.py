@@ -8,6 +8,7 @@ and the device decide becomes a default, and a given flag that contradicts them 
 import argparse
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,9 @@ def add_arguments(
     if scoring:
         score_checks.add_scoring_arguments(parser)
     compat.mend_help(parser)
+    if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
+        parser.print_help()
+        parser.exit()
     _resolve(parser, scoring)
     return parser
 

@@ -190,22 +190,22 @@ def test_an_existing_export_is_not_overwritten(tiny_model, chats, tmp_path):
     assert status == 2 and "--overwrite" in text
 
 
-def _help(argv):
+def _help(module):
     import contextlib
+    import importlib
     import io
-
-    from megatron_dft import train
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
-            train.main(argv)
+            importlib.import_module(module).main(["--help"])
         except SystemExit as exit:
             return exit.code, text.getvalue()
 
 
-def test_help_prints_megatrons_flags_and_ours():
-    ((status, text),) = run_ranks(_help, 1, ["--help"], init=False)
+@pytest.mark.parametrize("module", ["megatron_dft.train", "megatron_dft.score"])
+def test_help_prints_megatrons_flags_and_ours(module):
+    ((status, text),) = run_ranks(_help, 1, module, init=False)
     assert status == 0
     words = text.split()
     for flag in ("--tensor-model-parallel-size", "--hf-model", "--train-data", "--dft-mix-alpha"):
