@@ -70,7 +70,7 @@ def _run(model_path, data_path, packing, cp):
             size = len(data.conversations[member]) - 1
             part = whole[begin : begin + size]
             losses[member] = part[~part.isnan()].tolist()
-            begin += -(-size // data._row["pad_multiple"]) * data._row["pad_multiple"]
+            begin += -(-size // data.pad_multiple) * data.pad_multiple
     gradients = {n: p.grad for n, p in models[0].named_parameters()}
     if cp > 1:
         for gradient in gradients.values():
