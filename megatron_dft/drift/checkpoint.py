@@ -47,9 +47,6 @@ class Checkpoint(Protocol):
 
     def open(self, name: str) -> TensorReader: ...
 
-    def resident_bytes(self, name: str) -> int:
-        """Bytes that an open reader of this tensor holds besides the caller's buffer."""
-
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a Hugging Face directory, {} where there is none."""

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", nargs="+", help="a name for each TUNED (default: its directory's name)"
     )
     parser.add_argument(
-        "--workers", type=int, help="threads (default: all cores this process may use)"
+        "--workers", type=int, help="processes (default: all cores this one may use)"
     )
 
 
@@ -97,7 +97,7 @@ def _add_token_texts(result: dict[str, Any], base: Checkpoint) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers: expected 1 or more threads, got {args.workers}")
+        raise ValueError(f"--workers: expected 1 or more processes, got {args.workers}")
     labels = labels_for(args.tuned, args.labels)
     result = compare(args.base, args.tuned, labels, args.workers)
     report.write(args.out, result, None)

@@ -1,23 +1,25 @@
 """Stream two or more checkpoints and measure every tensor's update, in parallel, in bounded memory.
 
 Reads go block by block through buffers of a few hundred KiB; only a matrix whose singular values or
-rows are wanted is held as one float32 update. Threads suffice: file reads, numpy and torch kernels
-release the interpreter lock.
+rows are wanted is held as one float32 update.
 """
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from megatron_dft.drift import forked
 from megatron_dft.drift.checkpoint import Checkpoint, TensorReader
 from megatron_dft.drift.moments import BLOCK, BlockStatistics, Moments, dot
 from megatron_dft.drift.names import module_type
 from megatron_dft.drift.spectrum import Spectrum, spectrum
+
+_WORKER_BYTES = 24 << 20  # blocks, and the interpreter's pages that a fork soon copies
+_TASK = 1 << 21  # elements: a worker takes up tensors until it has as many
 
 
 @dataclass
@@ -26,33 +28,16 @@ class TensorDrift:
 
     moments, spectra, row_norms: one item a method; a spectrum is None but for matrices, `row_norms`
     (float32 [rows], ‖Δ_row‖) None but for embeddings and heads. `dots`: float64 [M, M], Σ Δ_i Δ_j.
+    Arrays are numpy's: torch would pass tensors between processes through shared-memory files.
     """
 
     name: str
     shape: tuple[int, ...]
     moments: list[Moments]
     spectra: list[Spectrum | None]
-    dots: torch.Tensor
-    row_norms: list[torch.Tensor | None] = field(default_factory=list)
-    base_row_norms: torch.Tensor | None = None
-
-
-class _Budget:
-    """Admit work while the bytes it holds fit; work larger than the budget runs alone."""
-
-    def __init__(self, limit: int):
-        self._limit, self._held = limit, 0
-        self._changed = threading.Condition()
-
-    def acquire(self, size: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + size <= self._limit)
-            self._held += size
-
-    def release(self, size: int) -> None:
-        with self._changed:
-            self._held -= size
-            self._changed.notify_all()
+    dots: np.ndarray
+    row_norms: list[np.ndarray | None] = field(default_factory=list)
+    base_row_norms: np.ndarray | None = None
 
 
 class _Blocks:
@@ -92,55 +77,45 @@ class Comparison:
         self._base, self._tuned, self._names = base, list(tuned), list(names)
         self._workers = workers or len(os.sched_getaffinity(0))
         self._spectra = spectra
-        self._local = threading.local()
+        self._blocks = _Blocks(1 + len(self._tuned))  # each worker has its own, by the fork
 
     def run(self) -> Iterator[TensorDrift]:
         """Every tensor's drift, in the order in which they finish; none is kept here."""
-        sizes = {n: self._resident(n) for n in self._names}
-        # The promise is 4x the largest stored tensor; buffers and results take the fourth.
-        stored = max(self._base.tensors[n].nbytes for n in self._names)
-        budget = _Budget(3 * stored)
-        # Largest first: a big tensor picked up last would leave the other cores idle.
-        order = sorted(self._names, key=lambda n: -self._base.tensors[n].numel)
+        # The promise is 4x the largest stored tensor, what a worker has of its own included.
+        largest = max((self._base.tensors[n].nbytes for n in self._names), default=0)
+        budget = 4 * largest - self._workers * _WORKER_BYTES
+        # Largest first: a big tensor picked up last would leave the other cores idle. Small ones
+        # together: sending a task and its result costs about a millisecond.
+        tasks: list[tuple[list[str], int]] = []
+        room = 0
+        for name in sorted(self._names, key=lambda n: -self._base.tensors[n].numel):
+            if room <= 0:
+                tasks.append(([], self._resident(name)))
+                room = _TASK
+            tasks[-1][0].append(name)
+            room -= self._base.tensors[name].numel
+        for tensors in forked.run(self._tensors, tasks, budget, self._workers):
+            yield from tensors
 
-        def work(name: str) -> TensorDrift:
-            budget.acquire(sizes[name])
-            try:
-                return self._tensor(name)
-            finally:
-                budget.release(sizes[name])
-
-        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            pending = {pool.submit(work, name) for name in order}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                while done:
-                    yield done.pop().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def _tensors(self, names: list[str]) -> list[TensorDrift]:
+        return [self._tensor(name) for name in names]
 
     def _whole(self, name: str) -> bool:
         shape = self._base.tensors[name].shape
         return len(shape) == 2 and (self._spectra or module_type(name) in ("embed", "head"))
 
     def _resident(self, name: str) -> int:
-        held = sum(c.resident_bytes(name) for c in (self._base, *self._tuned))
-        return held + (4 * self._base.tensors[name].numel if self._whole(name) else 0)
-
-    def _blocks(self) -> _Blocks:
-        if not hasattr(self._local, "blocks"):
-            self._local.blocks = _Blocks(1 + len(self._tuned))
-        return self._local.blocks
+        """Bytes held while a tensor is measured, besides a worker's own: its float32 update."""
+        return 4 * self._base.tensors[name].numel if self._whole(name) else 0
 
     def _tensor(self, name: str) -> TensorDrift:
         shape, total = self._base.tensors[name].shape, self._base.tensors[name].numel
         readers = [c.open(name) for c in (self._base, *self._tuned)]
         methods, whole = len(self._tuned), self._whole(name)
         moments = [Moments() for _ in range(methods)]
-        dots = torch.zeros(methods, methods, dtype=torch.float64)
+        dots = np.zeros((methods, methods))
         # With one method the pass that sums also keeps the update; with more, memory holds one.
-        kept = torch.empty(total) if whole and methods == 1 else None
+        kept = _empty(total) if whole and methods == 1 else None
         base_rows = self._row_sums(name) if module_type(name) in ("embed", "head") else None
         for start in range(0, total, BLOCK):
             stop = min(start + BLOCK, total)
@@ -153,8 +128,9 @@ class Comparison:
                 _add_rows(base_rows, base, start, shape[1])
         for i in range(methods):
             dots[i, i] = moments[i].delta_sq
-        result = TensorDrift(name, shape, moments, [], torch.triu(dots) + torch.triu(dots, 1).T)
-        result.base_row_norms = base_rows.sqrt().float() if base_rows is not None else None
+        result = TensorDrift(name, shape, moments, [], np.triu(dots) + np.triu(dots, 1).T)
+        if base_rows is not None:
+            result.base_row_norms = base_rows.sqrt().float().numpy()
         for i in range(methods):
             delta = None
             if whole:
@@ -164,7 +140,7 @@ class Comparison:
             wanted = delta is not None and self._spectra
             result.spectra.append(spectrum(delta, energy) if wanted and delta is not None else None)
             result.row_norms.append(
-                torch.linalg.vector_norm(delta, dim=1)
+                torch.linalg.vector_norm(delta, dim=1).numpy()
                 if delta is not None and base_rows is not None
                 else None
             )
@@ -184,7 +160,7 @@ class Comparison:
         target: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Read one block on all sides, add it to `moments`; the float32 base and updates."""
-        blocks, n = self._blocks(), stop - start
+        blocks, n = self._blocks, stop - start
         kinds = [c.tensors[name].dtype for c in (self._base, *self._tuned)]
         values = [
             blocks.read(reader, kind, start, out[:n])
@@ -207,9 +183,9 @@ class Comparison:
     def _update(self, name: str, readers: list[TensorReader], method: int) -> torch.Tensor:
         """The whole update of one method, float32, read once more."""
         total = self._base.tensors[name].numel
-        update = torch.empty(total)
+        update = _empty(total)
         kinds = [self._base.tensors[name].dtype, self._tuned[method].tensors[name].dtype]
-        blocks = self._blocks()
+        blocks = self._blocks
         for start in range(0, total, BLOCK):
             n = min(BLOCK, total - start)
             base = blocks.read(readers[0], kinds[0], start, blocks.float[0][:n])
@@ -235,6 +211,11 @@ class Comparison:
         return ValueError(f"{name}: the update overflows float32, so it cannot be measured")
 
 
+def _empty(count: int) -> torch.Tensor:
+    """float32 [count]; numpy asks for huge pages, which spares thousands of page faults."""
+    return torch.from_numpy(np.empty(count, np.float32))
+
+
 def _add_rows(sums: torch.Tensor, block: torch.Tensor, start: int, columns: int) -> None:
     """Add squares of a flat block to the sums of the rows it covers (rows may be cut)."""
     if not columns:
@@ -251,7 +232,7 @@ def _add_rows(sums: torch.Tensor, block: torch.Tensor, start: int, columns: int)
         position += count
 
 
-def cosine(dots: torch.Tensor) -> list[list[float | None]]:
+def cosine(dots: np.ndarray) -> list[list[float | None]]:
     """Cosines [M][M] from summed dot products; None where an update is zero."""
     size = len(dots)
     norms = [math.sqrt(float(dots[i, i])) for i in range(size)]

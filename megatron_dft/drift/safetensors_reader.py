@@ -138,9 +138,6 @@ class SafetensorsCheckpoint:
         number, offset = self._place[name]
         return _Reader(self._descriptors[number], offset, self._files[number])
 
-    def resident_bytes(self, name: str) -> int:
-        return 0
-
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", ()):
             os.close(descriptor)

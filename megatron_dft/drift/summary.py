@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
+import numpy as np
 
 from megatron_dft.drift import histogram
 from megatron_dft.drift.compare import TensorDrift, cosine
@@ -29,7 +29,7 @@ class _Group:
 
     def __init__(self, methods: int):
         self.moments = [Moments() for _ in range(methods)]
-        self.dots = torch.zeros(methods, methods, dtype=torch.float64)
+        self.dots = np.zeros((methods, methods))
 
     def add(self, tensor: TensorDrift) -> None:
         for mine, theirs in zip(self.moments, tensor.moments, strict=True):
@@ -61,8 +61,10 @@ class Summary:
         number, kind = layer_of(tensor.name), module_type(tensor.name)
         layer = OUTSIDE if number is None else str(number)
         self._model.add(tensor)
-        self._layers.setdefault(layer, self._group()).add(tensor)
-        self._modules.setdefault(kind, self._group()).add(tensor)
+        for groups, key in ((self._layers, layer), (self._modules, kind)):
+            if key not in groups:
+                groups[key] = self._group()
+            groups[key].add(tensor)
         cell = self._cells.setdefault((layer, kind), [[0.0, 0.0] for _ in self._labels])
         rows = []
         for i, moments in enumerate(tensor.moments):
@@ -126,14 +128,14 @@ class Summary:
         return {"layers": layers, "modules": modules, "relative_norm": rows}
 
 
-def _rows(norms: torch.Tensor, base: torch.Tensor | None) -> dict[str, Any]:
+def _rows(norms: np.ndarray, base: np.ndarray | None) -> dict[str, Any]:
     """The most changed rows of an embedding or head, and how many rows changed at all."""
-    top = torch.topk(norms, min(TOP_TOKENS, len(norms))).indices.tolist()
+    top = np.argsort(-norms, kind="stable")[:TOP_TOKENS].tolist()
     assert base is not None
     return {
         "rows": len(norms),
-        "changed_rows": int(torch.count_nonzero(norms)),
-        "median_norm": float(norms.median()) if len(norms) else 0.0,
+        "changed_rows": int(np.count_nonzero(norms)),
+        "median_norm": float(np.median(norms)) if len(norms) else 0.0,
         "top": [
             {
                 "id": i,

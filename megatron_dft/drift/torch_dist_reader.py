@@ -3,18 +3,24 @@
 A torch_dist directory (torch.distributed.checkpoint) has a pickled `.metadata`, which says where
 each shard of each tensor lies, and `*.distcp` files of concatenated torch.save blobs. The pickle is
 read by an unpickler that builds the classes of that table and an inert stand-in for any other, the
-blobs with `weights_only=True`: a hostile file cannot run code.
+blobs by `shard.locate`, which builds none: a hostile file cannot run code.
 """
 
 import io
+import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dft.drift.checkpoint import TensorInfo
+from megatron_dft.drift.shard import locate
+
+Chunk = tuple[tuple[int, ...], tuple[int, ...], Any]  # offsets, sizes, place in a file
 
 # Not part of the model: optimizer, scheduler and bookkeeping entries of a training checkpoint.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
@@ -102,7 +108,7 @@ class TorchDistCheckpoint:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{path / '.metadata'} is not torch_dist metadata: {reason}") from None
         self.tensors: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], Any]]] = {}
+        self._chunks: dict[str, list[Chunk]] = {}
         places = {(i.fqn, tuple(i.offset or ())): info for i, info in storage.items()}
         for name, entry in entries.items():
             if not isinstance(entry, TensorStorageMetadata) or name.startswith(_NOT_WEIGHTS):
@@ -136,37 +142,65 @@ class TorchDistCheckpoint:
                 f"{file} is truncated: {name} ends behind its last byte; copy it again"
             )
 
-    def _load(self, place: Any) -> torch.Tensor:
-        file = self.path / place.relative_path
-        with file.open("rb") as handle:
-            handle.seek(place.offset)
-            blob = io.BytesIO(handle.read(place.length))
-        try:
-            return torch.load(blob, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"{file}: the shard at byte {place.offset} is damaged: {reason}"
-            ) from None
-
     def open(self, name: str) -> "_Reader":
-        """Assemble the tensor from its shards: it stays in memory while the reader lives."""
-        info, chunks = self.tensors[name], self._chunks[name]
-        if len(chunks) == 1:
-            return _Reader(self._load(chunks[0][2]).contiguous().flatten())
-        whole = torch.empty(info.shape, dtype=info.dtype)
-        for offsets, sizes, place in chunks:
-            window = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-            whole[window].copy_(self._load(place).reshape(sizes))
-        return _Reader(whole.flatten())
-
-    def resident_bytes(self, name: str) -> int:
-        return self.tensors[name].nbytes
+        info = self.tensors[name]
+        return _Reader(self.path, info, self._chunks[name])
 
 
 class _Reader:
-    def __init__(self, flat: torch.Tensor):
-        self._flat = flat
+    """Reads runs of elements that are neighbours both in the tensor and in a shard's file."""
+
+    def __init__(self, path: Path, info: TensorInfo, chunks: list[Chunk]):
+        self._itemsize = info.dtype.itemsize
+        self._files: list[io.FileIO] = []
+        starts, lengths, files, positions = [], [], [], []
+        for offsets, sizes, place in chunks:
+            file = path / place.relative_path
+            position = locate(file, place.offset, place.length, sizes, info.dtype)
+            first, length = _runs(info.shape, offsets, sizes)
+            starts.append(first)
+            lengths.append(np.full(len(first), length))
+            files.append(np.full(len(first), len(self._files)))
+            positions.append(position + np.arange(len(first)) * length * self._itemsize)
+            self._files.append(file.open("rb", buffering=0))
+        order = np.argsort(np.concatenate(starts), kind="stable")
+        self._starts, self._lengths, self._file, self._positions = (
+            np.concatenate(part)[order] for part in (starts, lengths, files, positions)
+        )
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        out.copy_(self._flat[start : start + out.numel()])
+        view, stop = memoryview(out.view(torch.uint8).numpy()), start + out.numel()
+        run = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            skip = start - int(self._starts[run])
+            count = min(int(self._lengths[run]) - skip, stop - start)
+            file = self._files[self._file[run]]
+            part = view[: count * self._itemsize]
+            if count <= 0 or not _fill(
+                file, part, int(self._positions[run]) + skip * self._itemsize
+            ):
+                raise ValueError(f"{file.name}: no data for element {start} (overlapping or cut)")
+            view, start, run = view[len(part) :], start + count, run + 1
+
+
+def _fill(file: io.FileIO, part: memoryview, position: int) -> bool:
+    while part:
+        got = os.preadv(file.fileno(), [part], position)
+        if got <= 0:
+            return False
+        part, position = part[got:], position + got
+    return True
+
+
+def _runs(
+    shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """Flat starts (rising) and common length of the contiguous runs of a window of `shape`."""
+    axis = len(shape) - 1  # the last axis that the window does not cover whole
+    while axis > 0 and sizes[axis] == shape[axis]:
+        axis -= 1
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    starts = np.array([sum(o * s for o, s in zip(offsets, strides, strict=True))])
+    for size, stride in zip(sizes[:axis], strides, strict=False):
+        starts = (starts[:, None] + np.arange(size) * stride).ravel()
+    return starts, math.prod(sizes[axis:])

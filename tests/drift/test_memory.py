@@ -10,23 +10,13 @@ import torch.distributed.checkpoint as dcp
 
 from tests.drift.reference import write
 
-# The peak is a process's, and nothing lowers it again: measured in a process of its own.
+# The memory that a process holds is measured in one of its own: the test's may shrink meanwhile.
 _PROGRAM = """
-import resource, sys, torch
-from megatron_dft.drift.checkpoint import open_checkpoint
-from megatron_dft.drift.compare import Comparison
-from megatron_dft.drift.pair import match
-from megatron_dft.drift.summary import Summary
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+import sys, torch
+from pathlib import Path
+from tools.drift_speed import drift_pass, peak_growth
 (torch.randn(300, 300) @ torch.randn(300, 300)).svd()  # load the libraries
-before = peak()
-base, tuned = (open_checkpoint(p) for p in sys.argv[1:])
-summary = Summary(["tuned"])
-for tensor in Comparison(base, [tuned], match(base, tuned).names, workers=4).run():
-    summary.add(tensor)
-summary.report()
-print(peak() - before)
+print(peak_growth(lambda: drift_pass(*map(Path, sys.argv[1:]), workers=4)))
 """
 
 
@@ -50,4 +40,5 @@ def test_four_times_the_largest_tensor(form, dtype, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert int(run.stdout) <= 4 * largest, f"{int(run.stdout) / largest:.2f} x the largest tensor"
+    # Less than one update would mean that the workers' memory was not seen.
+    assert 1 <= int(run.stdout) / largest <= 4

@@ -1,16 +1,22 @@
 """Checkpoints that fit, and one clear line for each that does not; nothing is unpickled."""
 
+import io
 import json
+import math
 import os
 import pickle
 import struct
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_dft.drift.checkpoint import open_checkpoint
+from megatron_dft.drift.torch_dist_reader import _runs
 from tests.drift.reference import assert_close, perturbed, statistics, tiny_model, write
 from tests.drift.test_statistics import report
 from tests.hf.tiny import make_tiny
@@ -150,6 +156,38 @@ def test_pickled_shards_of_torch_dist_are_not_run(tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     fails("is damaged", path, path)
     assert not mark.exists()
+
+
+def test_a_shard_that_is_not_what_the_table_says(tmp_path):
+    path = tmp_path / "dcp"
+    dcp.save({"w": torch.arange(12.0).reshape(4, 3)}, checkpoint_id=path, no_dist=True)
+    shard = next(path.glob("*.distcp"))
+    size = shard.stat().st_size
+    for tensor, text in (
+        (torch.arange(12.0).reshape(3, 4).T, "stored row by row"),
+        (torch.zeros(4, 3, dtype=torch.float64), "not the torch.float32 tensor [4, 3]"),
+        (torch.zeros(3, 4), "not the torch.float32 tensor [4, 3]"),
+    ):
+        blob = io.BytesIO()
+        torch.save(tensor, blob)
+        shard.write_bytes(blob.getvalue().ljust(size, b"\0"))
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, len(blob.getvalue())
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        fails(text, path, path)
+
+
+@given(st.data())
+def test_runs_of_a_window(data):
+    """The runs cover a window's elements, each once, in rising order."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    sizes = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offsets, strict=True))
+    starts, length = _runs(shape, offsets, sizes)
+    window = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+    want = np.arange(math.prod(shape)).reshape(shape)[window].ravel()
+    assert np.array_equal((starts[:, None] + np.arange(length)).ravel(), want)
 
 
 @pytest.mark.parametrize("stored", ["neither", "base", "tuned", "both"])

@@ -222,7 +222,7 @@ def test_spectrum_error_is_not_idle():
 def test_rows_that_blocks_cut(tmp_path):
     """A row's norm is right where one block ends and the next begins in it."""
     g = torch.Generator().manual_seed(3)
-    rows, columns = 3000, 51
+    rows, columns = 6000, 51
     assert BLOCK % columns and rows * columns > BLOCK
     base = {"model.embed_tokens.weight": torch.randn(rows, columns, generator=g)}
     tuned = perturbed(base)
