@@ -48,6 +48,16 @@ class _Blocks:
         self.raw = torch.empty(8 * BLOCK, dtype=torch.uint8)
         self.float = [torch.empty(BLOCK) for _ in range(checkpoints)]
         self.delta = [torch.empty(BLOCK) for _ in range(checkpoints - 1)]
+        self._update = torch.empty(_TASK)
+
+    def update(self, count: int) -> torch.Tensor:
+        """float32 [count] for a whole update, until the next call.
+
+        Reused where it is small; numpy asks for huge pages: both spare thousands of page faults.
+        """
+        if count <= len(self._update):
+            return self._update[:count]
+        return torch.from_numpy(np.empty(count, np.float32))
 
     def read(
         self, reader: TensorReader, dtype: torch.dtype, start: int, out: torch.Tensor
@@ -115,7 +125,7 @@ class Comparison:
         moments = [Moments() for _ in range(methods)]
         dots = np.zeros((methods, methods))
         # With one method the pass that sums also keeps the update; with more, memory holds one.
-        kept = _empty(total) if whole and methods == 1 else None
+        kept = self._blocks.update(total) if whole and methods == 1 else None
         base_rows = self._row_sums(name) if module_type(name) in ("embed", "head") else None
         for start in range(0, total, BLOCK):
             stop = min(start + BLOCK, total)
@@ -183,7 +193,7 @@ class Comparison:
     def _update(self, name: str, readers: list[TensorReader], method: int) -> torch.Tensor:
         """The whole update of one method, float32, read once more."""
         total = self._base.tensors[name].numel
-        update = _empty(total)
+        update = self._blocks.update(total)
         kinds = [self._base.tensors[name].dtype, self._tuned[method].tensors[name].dtype]
         blocks = self._blocks
         for start in range(0, total, BLOCK):
@@ -209,11 +219,6 @@ class Comparison:
                     "wrote it diverged, take an earlier checkpoint"
                 )
         return ValueError(f"{name}: the update overflows float32, so it cannot be measured")
-
-
-def _empty(count: int) -> torch.Tensor:
-    """float32 [count]; numpy asks for huge pages, which spares thousands of page faults."""
-    return torch.from_numpy(np.empty(count, np.float32))
 
 
 def _add_rows(sums: torch.Tensor, block: torch.Tensor, start: int, columns: int) -> None:

@@ -10,6 +10,7 @@ than that (plus its square): shifting sorted entries x_i by factors 1 + δ_i, |�
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +19,6 @@ _SHIFT = 15
 BUCKETS = 1 << (31 - _SHIFT)
 RELATIVE_ERROR = 2.0**-9
 TOP_PARTS = 100  # the top share is that of the largest n / TOP_PARTS entries
-
-
-def count(magnitudes: torch.Tensor, scratch: torch.Tensor) -> np.ndarray:
-    """Bucket counts of float32 magnitudes [n] (finite, +0 or more): int64 [≤ BUCKETS].
-
-    `scratch`: int32 [n], overwritten.
-    """
-    torch.bitwise_right_shift(magnitudes.view(torch.int32), _SHIFT, out=scratch)
-    return torch.bincount(scratch).numpy()
 
 
 def _midpoints() -> np.ndarray:
@@ -43,10 +35,44 @@ with np.errstate(invalid="ignore"):  # the last buckets are inf and NaN patterns
     MIDPOINTS = np.nan_to_num(_midpoints(), posinf=0.0, neginf=0.0)
 
 
-def occupied(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries n_B (int64) and value x_B (float64) of the non-empty buckets, values rising."""
-    used = np.flatnonzero(counts != 0)
-    return counts[used], MIDPOINTS[used]
+class Histogram:
+    """Counts of the buckets: all of them while entries are added, the used ones once pickled."""
+
+    def __init__(self) -> None:
+        self._counts: np.ndarray | None = None
+        self._used: tuple[np.ndarray, np.ndarray] | None = None  # buckets (rising) and their counts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_counts": None, "_used": self._sparse()}
+
+    def _dense(self) -> np.ndarray:
+        if self._counts is None:
+            self._counts = np.zeros(BUCKETS, dtype=np.int64)
+            if self._used is not None:
+                self._counts[self._used[0]] = self._used[1]
+        self._used = None
+        return self._counts
+
+    def _sparse(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._used is None:
+            buckets = np.flatnonzero(self._dense() != 0)
+            self._used = buckets, self._dense()[buckets]
+        return self._used
+
+    def add(self, magnitudes: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Count float32 magnitudes [n] (finite, +0 or more). `scratch`: int32 [n], overwritten."""
+        torch.bitwise_right_shift(magnitudes.view(torch.int32), _SHIFT, out=scratch)
+        counts = torch.bincount(scratch).numpy()
+        self._dense()[: len(counts)] += counts
+
+    def merge(self, other: "Histogram") -> None:
+        buckets, counts = other._sparse()
+        self._dense()[buckets] += counts
+
+    def occupied(self) -> tuple[np.ndarray, np.ndarray]:
+        """Entries n_B (int64) and value x_B (float64) of the non-empty buckets, values rising."""
+        buckets, counts = self._sparse()
+        return counts, MIDPOINTS[buckets]
 
 
 def top_share(n_B: np.ndarray, x_B: np.ndarray, parts: int = TOP_PARTS) -> float | None:

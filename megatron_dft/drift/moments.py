@@ -1,12 +1,11 @@
 """Sums over the entries of an update Δ = tuned - base; they add up over blocks and tensors."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_dft.drift import histogram
+from megatron_dft.drift.histogram import Histogram, gini, top_share
 
 BLOCK = 1 << 18  # elements: less costs more in calls than it saves in cache misses
 SMALL = 1e-5  # |Δ| at or below counts as unchanged (second definition of sparsity)
@@ -24,20 +23,7 @@ class Moments:
     delta_max: float = 0.0
     unchanged_bf16: int = 0
     unchanged_small: int = 0
-    histogram: np.ndarray = field(
-        default_factory=lambda: np.zeros(histogram.BUCKETS, dtype=np.int64)
-    )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickling: the histogram's used buckets alone, a few thousand of 65536."""
-        used = np.flatnonzero(self.histogram)
-        return self.__dict__ | {"histogram": (used.astype(np.int32), self.histogram[used])}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        used, counts = state["histogram"]
-        whole = np.zeros(histogram.BUCKETS, dtype=np.int64)
-        whole[used] = counts
-        self.__dict__.update(state | {"histogram": whole})
+    histogram: Histogram = field(default_factory=Histogram)
 
     def merge(self, other: "Moments") -> None:
         self.count += other.count
@@ -48,12 +34,12 @@ class Moments:
         self.delta_max = max(self.delta_max, other.delta_max)
         self.unchanged_bf16 += other.unchanged_bf16
         self.unchanged_small += other.unchanged_small
-        self.histogram += other.histogram
+        self.histogram.merge(other.histogram)
 
     def statistics(self) -> dict[str, float | int | None]:
         """The numbers of a report's row. Norms in the weights' units; shares in [0, 1]."""
         n = max(self.count, 1)
-        buckets = histogram.occupied(self.histogram)
+        buckets = self.histogram.occupied()
         norm, base = self.delta_sq**0.5, self.base_sq**0.5
         return {
             "parameters": self.count,
@@ -65,8 +51,8 @@ class Moments:
             "mean_abs": self.delta_abs_sum / n,
             "unchanged_bf16": self.unchanged_bf16 / n,
             "unchanged_1e-5": self.unchanged_small / n,
-            "top1pct_share": histogram.top_share(*buckets),
-            "gini": histogram.gini(*buckets),
+            "top1pct_share": top_share(*buckets),
+            "gini": gini(*buckets),
         }
 
 
@@ -110,8 +96,7 @@ class BlockStatistics:
         np.less_equal(absolute.numpy(), np.float32(SMALL), out=mask)
         to.unchanged_small += int(np.count_nonzero(mask))
         to.unchanged_bf16 += self._same(base, delta, tuned, bf16)
-        counts = histogram.count(absolute, self._bits[:n])
-        to.histogram[: len(counts)] += counts
+        to.histogram.add(absolute, self._bits[:n])
         return True
 
     def _same(

@@ -98,7 +98,7 @@ class Summary:
                 "modules": {k: self._modules[k].moments[i].statistics() for k in modules},
                 "tensors": {n: self._tensors[n][i] for n in order},
                 "heatmap": self._heatmap(i, layers, modules),
-                "curve": histogram.lorenz(*histogram.occupied(model.histogram), CURVE),
+                "curve": histogram.lorenz(*model.histogram.occupied(), CURVE),
                 "tokens": self._tokens[i],
             }
         return {
