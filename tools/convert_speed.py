@@ -78,6 +78,15 @@ def make_model(directory: Path, size: str) -> int:
     return (directory / "model.safetensors").stat().st_size
 
 
+def warm(directory: Path) -> None:
+    """Have the files in the page cache; the converters leave none of what they write there."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as f:
+                while f.read(2**20):
+                    pass
+
+
 def copy(source: Path, target: Path) -> float:
     """Seconds that `cp` and flushing its output take."""
     shutil.rmtree(target, ignore_errors=True)
@@ -143,9 +152,11 @@ def main() -> None:
         times: dict[str, list[float]] = {"cp": [], "import": [], "export": []}
         peaks = {"import": 0.0, "export": 0.0}
         for _ in range(args.repeats):
+            warm(base)
             times["cp"].append(copy(base, root / "copy"))
             shutil.rmtree(root / "copy")
             for what, out in (("import", torch_dist), ("export", root / "back")):
+                warm(base if what == "import" else torch_dist)
                 result = run_child(what, torch_dist, base, out)
                 times[what].append(result["seconds"])
                 peaks[what] = max(peaks[what], result["peak"])

@@ -14,21 +14,9 @@ from typing import Any
 import torch
 
 from megatron_dft.drift.checkpoint import TensorInfo
+from megatron_dft.storage.dtypes import DTYPES
+from megatron_dft.storage.pread import fill
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -66,9 +54,9 @@ def _entries(file: Path) -> dict[str, tuple[TensorInfo, int]]:
             kind = entry["dtype"]
         except (KeyError, TypeError, ValueError):
             raise _bad(file, f"the header entry of {name!r} is malformed") from None
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise ValueError(f"{file}: {name} is stored as {kind}, which is not supported")
-        info = TensorInfo(shape, _DTYPES[kind])
+        info = TensorInfo(shape, DTYPES[kind])
         if not 0 <= begin <= end or end - begin != info.nbytes:
             raise _bad(file, f"{name} has {end - begin} bytes, its shape needs {info.nbytes}")
         if data + end > size:
@@ -148,12 +136,6 @@ class _Reader:
         self._descriptor, self._offset, self._file = descriptor, offset, file
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        if not out.numel():
-            return
-        view = memoryview(out.view(torch.uint8).numpy())
         position = self._offset + start * out.element_size()
-        while view:
-            got = os.preadv(self._descriptor, [view], position)
-            if got <= 0:
-                raise _bad(self._file, f"no data at byte {position} (truncated while read)")
-            view, position = view[got:], position + got
+        if not fill(self._descriptor, out, position):
+            raise _bad(self._file, f"no data behind byte {position} (truncated while read)")

@@ -8,7 +8,6 @@ blobs by `shard.locate`, which builds none: a hostile file cannot run code.
 
 import io
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dft.drift.checkpoint import TensorInfo
-from megatron_dft.drift.shard import locate
+from megatron_dft.storage.pread import fill
+from megatron_dft.storage.shard import locate
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...], Any]  # offsets, sizes, place in a file
 
@@ -176,20 +176,11 @@ class _Reader:
             count = min(int(self._lengths[run]) - skip, stop - start)
             file = self._files[self._file[run]]
             part = view[: count * self._itemsize]
-            if count <= 0 or not _fill(
-                file, part, int(self._positions[run]) + skip * self._itemsize
+            if count <= 0 or not fill(
+                file.fileno(), part, int(self._positions[run]) + skip * self._itemsize
             ):
                 raise ValueError(f"{file.name}: no data for element {start} (overlapping or cut)")
             view, start, run = view[len(part) :], start + count, run + 1
-
-
-def _fill(file: io.FileIO, part: memoryview, position: int) -> bool:
-    while part:
-        got = os.preadv(file.fileno(), [part], position)
-        if got <= 0:
-            return False
-        part, position = part[got:], position + got
-    return True
 
 
 def _runs(

@@ -1,9 +1,10 @@
-"""torch_dist, saved at any layout -> Hugging Face directory, one stored box at a time.
+"""torch_dist, saved at any layout -> Hugging Face directory, 8 MiB at a time.
 
-No GPU, no launcher and no model in memory: a stored box (as large as the shards of the run that
-saved it) is read, cut along the tensors it belongs to, and written to their places.
+No GPU, no launcher and no model in memory: some rows of a stored box (a shard of the run that saved
+it) are read, cut along the tensors they belong to, and written to their places.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_dft.hf import directory, skeleton
 from megatron_dft.hf.consumption import check_shapes
 from megatron_dft.hf.convert_import import Progress
 from megatron_dft.hf.export import MAX_FILE_BYTES, file_names, plan_files
+from megatron_dft.hf.overlap import ahead
 from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.safetensors_io import Writer
 from megatron_dft.hf.source import HFCheckpoint
@@ -90,17 +92,25 @@ def export_checkpoint(
         for box in boxes:
             by_key.setdefault(box.tensor.key, []).append(box)
         done, total = 0, sum(t.nbytes for t in checkpoint.tensors.values())
-        for key, parts in by_key.items():
-            _check_key(reader, key, parts[0], source)
-            for chunk in reader.chunks(key):
-                for box in parts:
-                    _export_overlap(chunk, box, place)
-                done += chunk.tensor.nbytes
-                progress(min(done, total), total)
+        for parts, chunk in ahead(_stored(reader, by_key, source)):
+            for box in parts:
+                _export_overlap(chunk, box, place)
+            done += chunk.tensor.nbytes
+            progress(min(done, total), total)
         for writer in writers:
             writer.close()
     directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card)
     return out
+
+
+def _stored(
+    reader: TorchDistReader, by_key: dict[str, list[skeleton.Box]], source: Path
+) -> Iterator[tuple[list[skeleton.Box], Chunk]]:
+    """Everything stored under the keys, each part with the boxes that it may lie in."""
+    for key, parts in by_key.items():
+        _check_key(reader, key, parts[0], source)
+        for chunk in reader.chunks(key):
+            yield parts, chunk
 
 
 def _check_key(reader: TorchDistReader, key: str, box: skeleton.Box, source: Path) -> None:

@@ -4,9 +4,11 @@ No GPU, no launcher and no model in memory: the skeleton says what goes where, t
 from file to file, at most 8 MiB at once.
 """
 
+import functools
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,12 @@ from megatron_dft.hf.consumption import (
     count,
 )
 from megatron_dft.hf.flags import megatron_parser
+from megatron_dft.hf.overlap import ahead
 from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.hf.torch_dist import TRACKER, TorchDistWriter
-
-BOX_BYTES = 8 * 2**20  # no larger: malloc reuses such memory, larger boxes fault it in anew
+from megatron_dft.hf.torch_dist import BOX_BYTES, TRACKER, TorchDistWriter
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None]
@@ -62,8 +63,10 @@ def import_checkpoint(
         check_all_consumed(checkpoint, consumed)
         writer = TorchDistWriter(release)
         done, total = 0, sum(t.nbytes for t in checkpoint.tensors.values())
-        for box in boxes:
-            done = _import_box(box, checkpoint, reader, writer, progress, done, total)
+        for part in ahead(_parts(boxes, checkpoint, reader)):
+            writer.write_tensor(part.key, part.global_shape, part.offset, part.tensor)
+            done += part.tensor.nbytes
+            progress(done, total)
         for entry in objects:
             writer.write_object(entry.unique_key, entry.data)
         writer.write_object("common_state/shard_0_1", _common_state(checkpoint))
@@ -73,31 +76,35 @@ def import_checkpoint(
     return out
 
 
-def _import_box(box, checkpoint, reader, writer, progress, done: int, total: int) -> int:
-    shard, tensor = box.shard, box.tensor
-    names = {r.name for r in shard.runs if r.name != PADDING}
-    dtype = None
-    for name in names:
-        kind = checkpoint.tensors[name].dtype
-        dtype = kind if dtype is None else torch.promote_types(dtype, kind)
-    row_shape = tuple(tensor.local_shape[1:])
-    row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
-    step = max(1, BOX_BYTES // row_bytes)
-    axes = tensor.prepend_axis_num
-    for row in range(0, box.rows, step):
-        rows = torch.empty((min(step, box.rows - row), *row_shape), dtype=dtype)
-        begin = box.first_row + row
-        for piece in row_pieces(shard, begin, begin + rows.shape[0]):
-            target = rows.narrow(0, piece.target, piece.length)
-            reader.read_into(checkpoint.tensors[piece.name], piece.source, target)
-            check_finite(piece.name, target, checkpoint)
-        offset = list(tensor.global_offset)
-        offset[axes] += row
-        lifted = rows.view((1,) * axes + rows.shape)
-        writer.write_tensor(tensor.key, tensor.global_shape, tuple(offset), lifted)
-        done += rows.nbytes
-        progress(done, total)
-    return done
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a box, as torch_dist wants them."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def _parts(boxes: list[skeleton.Box], checkpoint: HFCheckpoint, reader: Reader) -> Iterator[_Part]:
+    for box in boxes:
+        shard, tensor = box.shard, box.tensor
+        kinds = [checkpoint.tensors[r.name].dtype for r in shard.runs if r.name != PADDING]
+        dtype = functools.reduce(torch.promote_types, kinds)
+        row_shape = tuple(tensor.local_shape[1:])
+        step = max(1, BOX_BYTES // (torch.Size(row_shape).numel() * dtype.itemsize))
+        axes = tensor.prepend_axis_num
+        for row in range(0, box.rows, step):
+            rows = torch.empty((min(step, box.rows - row), *row_shape), dtype=dtype)
+            begin = box.first_row + row
+            for piece in row_pieces(shard, begin, begin + rows.shape[0]):
+                target = rows.narrow(0, piece.target, piece.length)
+                reader.read_into(checkpoint.tensors[piece.name], piece.source, target)
+                check_finite(piece.name, target, checkpoint)
+            offset = list(tensor.global_offset)
+            offset[axes] += row
+            lifted = rows.view((1,) * axes + rows.shape)
+            yield _Part(tensor.key, tensor.global_shape, tuple(offset), lifted)
 
 
 def _common_state(checkpoint: HFCheckpoint) -> dict[str, Any]:

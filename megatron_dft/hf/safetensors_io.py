@@ -15,23 +15,13 @@ from pathlib import Path
 
 import torch
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from megatron_dft.hf.overlap import WriteBehind
+from megatron_dft.storage.dtypes import DTYPES, NAMES
+from megatron_dft.storage.pread import fill
+
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BLOCK_BYTES = 32 * 2**20
+_WRITE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -93,16 +83,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _pread(fd: int, buffer: torch.Tensor, offset: int, file: Path) -> None:
-    """Fill the contiguous CPU tensor `buffer` with the bytes at `offset`."""
-    view = memoryview(buffer.reshape(-1).view(torch.uint8).numpy())
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if count == 0:
-            raise ValueError(f"{file}: ends before byte {offset}; it shrank while being read")
-        view, offset = view[count:], offset + count
-
-
 class Reader:
     """Copies regions of tensors into tensors in memory; keeps each file open once."""
 
@@ -126,7 +106,7 @@ class Reader:
         """Rows from `start` on into `rows` (CPU, contiguous), converted to its dtype."""
         row_bytes = info.nbytes // max(info.shape[0], 1)
         if rows.dtype == info.dtype:
-            _pread(self._fd(info.file), rows, info.offset + start * row_bytes, info.file)
+            self._fill(info, start * row_bytes, rows)
             return
         for first, block in self.blocks(info, start, start + rows.shape[0]):
             rows.narrow(0, first - start, block.shape[0]).copy_(block)
@@ -138,8 +118,12 @@ class Reader:
         step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
         for first in range(start, stop, step):
             rows = torch.empty((min(step, stop - first), *row_shape), dtype=info.dtype)
-            _pread(self._fd(info.file), rows, info.offset + first * row_bytes, info.file)
+            self._fill(info, first * row_bytes, rows)
             yield first, rows
+
+    def _fill(self, info: TensorInfo, begin: int, rows: torch.Tensor) -> None:
+        if not fill(self._fd(info.file), rows, info.offset + begin):
+            raise ValueError(f"{info.file}: its end is gone; it shrank while being read")
 
 
 class Writer:
@@ -167,6 +151,7 @@ class Writer:
         self._contents = tensors
         self._left = {name: nbytes for name, (_, nbytes) in self._offsets.items()}
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._behind = WriteBehind(self._fd)
         os.write(self._fd, len(text).to_bytes(8, "little") + text)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -197,16 +182,18 @@ class Writer:
         self._left[name] -= len(view)
         offset = self._base + self._offsets[name][0] + begin
         while view:
-            count = os.pwrite(self._fd, view, offset)
+            count = os.pwrite(self._fd, view[:_WRITE_BYTES], offset)
             view, offset = view[count:], offset + count
+            self._behind.wrote(count)
 
     def close(self) -> None:
         """Flush to the disk; raises ValueError when an announced tensor is not whole."""
         missing = [name for name, left in self._left.items() if left != 0]
         if missing:
             raise ValueError(f"{self.file.name}: not written, or not once: {missing[:3]}")
-        os.fsync(self._fd)
+        self._behind.close()
         os.close(self._fd)
 
     def abandon(self) -> None:
+        self._behind.abandon()
         os.close(self._fd)

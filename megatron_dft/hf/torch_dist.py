@@ -7,6 +7,7 @@ closed).
 """
 
 import io
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -28,7 +29,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_dft.hf.overlap import WriteBehind
+from megatron_dft.storage.pread import fill
+from megatron_dft.storage.shard import locate
+
 MAX_FILE_BYTES = 5 * 10**9
+BOX_BYTES = 8 * 2**20  # no larger: malloc reuses such memory, larger boxes fault it in anew
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's name for it
 
 
@@ -50,11 +56,12 @@ class TorchDistWriter:
             self._name = f"__0_{self._files}.distcp"
             self._files += 1
             self._stream = open(self._directory / self._name, "wb", buffering=2**20)
+            self._behind = WriteBehind(self._stream.fileno())
         return self._stream
 
     def _end_file(self) -> None:
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        self._behind.close()
         self._stream.close()
         self._stream = None
 
@@ -68,6 +75,7 @@ class TorchDistWriter:
             save(stream)
         finally:
             torch.serialization.set_crc32_options(checksums)
+        self._behind.wrote(stream.tell() - begin)
         self._storage[index] = _StorageInfo(self._name, begin, stream.tell() - begin)
 
     def write_tensor(
@@ -103,14 +111,14 @@ class TorchDistWriter:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One stored box: global `offset`, and the tensor itself."""
+    """Part of a stored box: global `offset`, and the tensor itself."""
 
     offset: tuple[int, ...]
     tensor: torch.Tensor
 
 
 class TorchDistReader:
-    """Reads stored boxes of tensors, one at a time."""
+    """Reads stored boxes of tensors in parts of at most 8 MiB (or one row where that is more)."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -127,14 +135,31 @@ class TorchDistReader:
         return set(self._entries)
 
     def chunks(self, key: str) -> Iterator[Chunk]:
-        """The stored boxes of tensor `key`, in the order of the files."""
+        """The stored boxes of tensor `key`, in the order of the files, part by part.
+
+        Raises ValueError where a file is damaged.
+        """
+        entry = self._entries[key]
+        dtype = entry.properties.dtype
+        sizes = {tuple(c.offsets): tuple(c.sizes) for c in entry.chunks}
         places = [
-            (info.relative_path, info.offset, info.length, index.offset)
+            (info.relative_path, info.offset, info.length, tuple(index.offset))
             for index, info in self._storage.items()
             if index.fqn == key
         ]
         for path, begin, length, offset in sorted(places):
-            with open(self._directory / path, "rb") as f:
-                f.seek(begin)
-                data = io.BytesIO(f.read(length))
-            yield Chunk(tuple(offset), torch.load(data, map_location="cpu", weights_only=True))
+            file, shape = self._directory / path, sizes[offset]
+            position = locate(file, begin, length, shape, dtype)
+            axis = next((i for i, n in enumerate(shape) if n > 1), 0)  # what comes before is one
+            row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
+            step = max(1, BOX_BYTES // row_bytes)
+            with open(file, "rb", buffering=0) as f:
+                for row in range(0, shape[axis], step):
+                    part = list(shape)
+                    part[axis] = min(step, shape[axis] - row)
+                    tensor = torch.empty(part, dtype=dtype)
+                    if not fill(f.fileno(), tensor, position + row * row_bytes):
+                        raise ValueError(f"{file}: ends inside the tensor {key!r}; copy it again")
+                    place = list(offset)
+                    place[axis] += row
+                    yield Chunk(tuple(place), tensor)

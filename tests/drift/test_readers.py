@@ -268,3 +268,15 @@ def test_megatron_torch_dist_equals_its_hugging_face_source(tmp_path):
     assert got["tensors"]["decoder.layers.1.mlp.linear_fc2.weight"]["sigma1"] == pytest.approx(
         want["tensors"]["model.layers.1.mlp.down_proj.weight"]["sigma1"], rel=1e-5
     )
+
+
+def test_offline_import_equals_its_hugging_face_source(tmp_path):
+    """The importer writes no checksums, and cuts tensors into boxes of rows."""
+    from megatron_dft.hf.convert_import import import_checkpoint
+    from megatron_dft.hf.source import open_checkpoint as open_hf
+
+    paths = [make_tiny("llama", tmp_path / f"hf{i}", seed=i, vocab_size=260) for i in range(2)]
+    dists = [import_checkpoint(open_hf(p), tmp_path / f"dist{p.name}") for p in paths]
+    want, got = (report(*pair)["methods"]["m0"]["model"] for pair in (paths, dists))
+    assert got["parameters"] == want["parameters"]
+    assert got["update_norm"] == pytest.approx(want["update_norm"], rel=1e-6)

@@ -80,12 +80,12 @@ def locate(file: Path, offset: int, length: int, shape: tuple[int, ...], dtype: 
         with file.open("rb", buffering=0) as handle, _Window(handle, offset, length) as window:
             with zipfile.ZipFile(window) as archive:
                 names = {"/".join(i.filename.split("/")[1:]): i for i in archive.infolist()}
-                (kind, storage, key, *_), first, size, stride = _Description(
-                    io.BytesIO(archive.read(names["data.pkl"]))
-                ).load()
-                record = names[f"data/{key}"]
-            window.seek(record.header_offset + _LOCAL_HEADER - 4)
-            name, extra = struct.unpack("<HH", window.read(4))
+            # Not archive.read(): torch can leave out the checksums that it would want.
+            window.seek(_start(names["data.pkl"], window))
+            described = io.BytesIO(window.read(names["data.pkl"].file_size))
+            (kind, storage, key, *_), first, size, stride = _Description(described).load()
+            record = names[f"data/{key}"]
+            start = _start(record, window)
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{file}: the shard at byte {offset} is damaged: {reason}") from None
@@ -98,7 +98,14 @@ def locate(file: Path, offset: int, length: int, shape: tuple[int, ...], dtype: 
             "checkpoint's table says, stored row by row; export it (megatron-dft export) and "
             "compare that"
         )
-    return offset + record.header_offset + _LOCAL_HEADER + name + extra
+    return offset + start
+
+
+def _start(record: zipfile.ZipInfo, window: _Window) -> int:
+    """The position of a record's first byte."""
+    window.seek(record.header_offset + _LOCAL_HEADER - 4)
+    name, extra = struct.unpack("<HH", window.read(4))
+    return record.header_offset + _LOCAL_HEADER + name + extra
 
 
 def _row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
