@@ -71,6 +71,8 @@ def build(checkpoint: HFCheckpoint, device: str = "meta") -> torch.nn.Module:
         position_embedding_type=a["position_embedding_type"],
         rotary_base=a["rotary_base"],
         rotary_percent=a["rotary_percent"],
+        rope_scaling=a.get("use_rope_scaling", False),
+        seq_len_interpolation_factor=a.get("rotary_seq_len_interpolation_factor"),
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
     )
     apply_to_model_config(model_config, checkpoint)

@@ -58,6 +58,28 @@ def test_every_byte_comes_back(kind, imported):
     assert_same_bytes(back, source)
 
 
+def verify_all(pairs: dict[str, tuple[Path, Path]]) -> dict[str, tuple[float, float]]:
+    """kind -> largest difference of the logits that --verify compares, and the largest logit."""
+    from megatron_dft import verify
+    from megatron_dft.cpu import runtime
+
+    runtime.activate()
+    found = {}
+    for kind, (source, torch_dist) in pairs.items():
+        ids = verify._prompt(source)
+        theirs = verify._transformers_logits(source, ids)
+        ours = verify._megatron_logits(source, torch_dist, ids)
+        found[kind] = (float((ours - theirs).abs().max()), float(theirs.abs().max()))
+    return found
+
+
+def test_verify_computes_what_transformers_does(imported):
+    found = apart(verify_all, {kind: (hf, dist) for kind, (hf, dist, _) in imported.items()})
+    assert set(found) == set(KINDS)
+    for kind, (difference, largest) in found.items():
+        assert difference <= 1e-5 * largest, kind
+
+
 def load_all(directories: dict[str, Path], sources: dict[str, Path], tp: int, pp: int):
     """Megatron's own reader fills a model of this layout; logits of the last stage."""
     from megatron.core import dist_checkpointing, parallel_state
