@@ -47,9 +47,10 @@ def run[T, R](
     try:
         while waiting or running:
             # One more than there are workers, so that none idles while a result is taken in.
-            while len(running) <= workers:
+            while waiting and len(running) <= workers:
                 fits = (i for i, (_, size) in enumerate(waiting) if held + size <= budget)
-                if (index := next(fits, None if running else 0)) is None or not waiting:
+                index = next(fits, None if running else 0)
+                if index is None:
                     break
                 argument, size = waiting.pop(index)
                 running[pool.submit(_run, argument)] = size  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from megatron_dft.storage.pread import fill
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BLOCK_BYTES = 32 * 2**20
-_WRITE_BYTES = 8 * 2**20
+_WRITE_BYTES = 8 * 2**20  # so that a large tensor too is written behind window by window
 
 
 @dataclass(frozen=True)

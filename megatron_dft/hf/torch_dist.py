@@ -75,8 +75,9 @@ class TorchDistWriter:
             save(stream)
         finally:
             torch.serialization.set_crc32_options(checksums)
-        self._behind.wrote(stream.tell() - begin)
-        self._storage[index] = _StorageInfo(self._name, begin, stream.tell() - begin)
+        length = stream.tell() - begin
+        self._behind.wrote(length)
+        self._storage[index] = _StorageInfo(self._name, begin, length)
 
     def write_tensor(
         self, key: str, global_shape: tuple[int, ...], offset: tuple[int, ...], box: torch.Tensor
@@ -123,8 +124,12 @@ class TorchDistReader:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         metadata = FileSystemReader(directory).read_metadata()
-        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._entries = metadata.state_dict_metadata
+        # Grouped once: a large model has tens of thousands of boxes under hundreds of keys.
+        self._places: dict[str, list[tuple[str, int, int, tuple[int, ...]]]] = {}
+        for index, info in metadata.storage_data.items():
+            place = (info.relative_path, info.offset, info.length, tuple(index.offset or ()))
+            self._places.setdefault(index.fqn, []).append(place)
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Global shape of the tensor `key`, or None where the checkpoint has no such tensor."""
@@ -142,12 +147,7 @@ class TorchDistReader:
         entry = self._entries[key]
         dtype = entry.properties.dtype
         sizes = {tuple(c.offsets): tuple(c.sizes) for c in entry.chunks}
-        places = [
-            (info.relative_path, info.offset, info.length, tuple(index.offset))
-            for index, info in self._storage.items()
-            if index.fqn == key
-        ]
-        for path, begin, length, offset in sorted(places):
+        for path, begin, length, offset in sorted(self._places[key]):
             file, shape = self._directory / path, sizes[offset]
             position = locate(file, begin, length, shape, dtype)
             axis = next((i for i, n in enumerate(shape) if n > 1), 0)  # what comes before is one

@@ -85,18 +85,17 @@ def locate(file: Path, offset: int, length: int, shape: tuple[int, ...], dtype: 
             described = io.BytesIO(window.read(names["data.pkl"].file_size))
             (kind, storage, key, *_), first, size, stride = _Description(described).load()
             record = names[f"data/{key}"]
-            start = _start(record, window)
+            start, stored = _start(record, window), getattr(torch, storage).dtype
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{file}: the shard at byte {offset} is damaged: {reason}") from None
     wanted = math.prod(shape) * dtype.itemsize
-    found = (kind, getattr(torch, storage).dtype, first, size, record.file_size)
+    found = (kind, stored, first, size, record.file_size)
     plain = record.compress_type == zipfile.ZIP_STORED and stride == _row_major(size, stride)
     if found != ("storage", dtype, 0, shape, wanted) or not plain:
         raise ValueError(
             f"{file}: the shard at byte {offset} is not the {dtype} tensor {list(shape)} that the "
-            "checkpoint's table says, stored row by row; export it (megatron-dft export) and "
-            "compare that"
+            "checkpoint's table says, stored row by row; save the checkpoint again"
         )
     return offset + start
 
