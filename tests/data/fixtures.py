@@ -8,6 +8,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_dft.data.prepare import PrepareOptions, prepare
+from megatron_dft.data.sources import parse_sources
+from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.data.tokenizer import encoder_spec
+
 _TEXTS = [
     "What is the sum of twelve and seven? The answer is nineteen.",
     "user assistant system tool model Hello\n\nworld, how are you today?\n",
@@ -74,3 +79,18 @@ def chat(*turns: str, system: str | None = None) -> list[dict[str, Any]]:
     messages = [{"role": "system", "content": system}] if system is not None else []
     roles = ("user", "assistant")
     return messages + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+
+
+def prepare_file(path, tokenizer, **options):
+    """The store of one data file."""
+    return prepare(parse_sources([path]), encoder_spec(tokenizer), PrepareOptions(**options))[0]
+
+
+def decoded(store, tokenizer):
+    """(whole text, trained text) of each conversation."""
+    out = []
+    for i in range(len(store)):
+        flagged = store.flagged(i)
+        ids, trained = flagged & ID_MASK, (flagged & SUPERVISED) != 0
+        out.append((tokenizer.decode(ids), tokenizer.decode(ids[trained])))
+    return out
