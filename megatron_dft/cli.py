@@ -17,16 +17,16 @@ USER_ERROR = 2
 
 # name → (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "import": ("megatron_dft.hf.import_command", "Hugging Face checkpoint → Megatron torch_dist"),
-    "export": ("megatron_dft.hf.export_command", "Megatron torch_dist → Hugging Face checkpoint"),
-    "inspect-data": ("megatron_dft.data.inspect", "statistics and masks of chat data"),
-    "drift": ("megatron_dft.drift.command", "what fine-tuning did to the weights"),
-    "retention": ("megatron_dft.retention_command", "what the tuned model still knows"),
-    "diagnose": ("megatron_dft.diagnose_command", "is DFT the right loss for this data?"),
+    "import": ("megatron_dft.commands.import_hf", "Hugging Face checkpoint → Megatron torch_dist"),
+    "export": ("megatron_dft.commands.export_hf", "Megatron torch_dist → Hugging Face checkpoint"),
+    "inspect-data": ("megatron_dft.commands.inspect_data", "statistics and masks of chat data"),
+    "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
+    "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
+    "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
     "score": ("megatron_dft.score", "store a reference model's log-probabilities for iw-sft, psft"),
-    "plan": ("megatron_dft.cluster.plan_command", "layouts and memory for a job"),
-    "preflight": ("megatron_dft.cluster.preflight_command", "check the nodes of an allocation"),
-    "patch": ("megatron_dft.patch_command", "put --loss into a stock Megatron-LM checkout"),
+    "plan": ("megatron_dft.commands.plan", "layouts and memory for a job"),
+    "preflight": ("megatron_dft.commands.preflight", "check the nodes of an allocation"),
+    "patch": ("megatron_dft.commands.patch", "put --loss into a stock Megatron-LM checkout"),
 }
 
 

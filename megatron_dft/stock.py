@@ -11,8 +11,8 @@ schedules stay Megatron's. Without --loss, and in evaluation, the script is as i
 Megatron's cross entropy is reduced over the vocabulary shards already, so p = exp(−CE) on every
 rank without a collective. What would make that untrue is refused when the flags are parsed.
 
-This module imports torch, megatron_dft.losses and .report, and Megatron's get_args alone: it has to
-load beside releases that lack what the rest of the package needs.
+This module imports torch, megatron_dft.losses and Megatron's get_args alone: it has to load beside
+releases that lack what the rest of the package needs.
 """
 
 import argparse
@@ -26,32 +26,20 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_dft.losses import registry
+from megatron_dft.losses.refusals import NOT_P, Refusal, refuse, refuse_foreign_cross_entropy
 from megatron_dft.losses.registry import Objective
+from megatron_dft.losses.report import CROSS_ENTROPY, loss_report
 from megatron_dft.losses.token_stats import TokenStats
-from megatron_dft.report import CROSS_ENTROPY, loss_report
 
 # (loss, int32 token count, name → [sum, count]): the contract of Megatron's schedules.
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
-# Settings under which the loss function does not see the plain cross entropy, or may not.
-# dest → (is the value refused?, what it does). Releases without a setting do not have the dest.
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "fp16_lm_cross_entropy": (bool, "computes the cross entropy in fp16, where exp(-CE) is not p"),
-    "logits_load_dir": (bool, "replaces the loss by distillation"),
-    "logits_save_dir": (bool, "is for distillation teachers"),
-    "export_kd_teacher_load": (bool, "replaces the loss by distillation"),
-    "modelopt_enabled": (bool, "takes ModelOpt's loss function"),
-    "use_legacy_models": (bool, "takes a model whose loss has not been proven here"),
-    "use_mup": (bool, "scales the logits, which has not been proven here"),
-    "overlap_moe_expert_parallel_comm": (bool, "takes a schedule that has not been proven here"),
-    "hybrid_context_parallel": (bool, "has not been proven here"),
-    "yaml_cfg": (bool, "replaces the parsed flags, --loss among them"),
-    # One flag or the other, by release; graphs of single layers leave the loss function alone.
-    "cuda_graph_impl": (lambda value: value == "full_iteration", "captures the loss function"),
-    "cuda_graph_scope": (
-        lambda value: any(getattr(part, "name", part) == "full_iteration" for part in value or ()),
-        "captures the loss function in a full_iteration graph",
-    ),
+# What the stock script alone cannot do, beside the settings under which exp(−CE) is not p.
+_REFUSED: dict[str, Refusal] = {
+    **NOT_P,
+    "export_kd_teacher_load": Refusal(bool, "replaces the loss by distillation"),
+    "modelopt_enabled": Refusal(bool, "takes ModelOpt's loss function"),
+    "use_legacy_models": Refusal(bool, "takes a model whose loss has not been proven here"),
 }
 
 
@@ -66,20 +54,8 @@ def check(args: argparse.Namespace) -> Objective:
     if objective.name == "sft":
         return objective
     loss = f"--loss {objective.name}"
-    for dest, (is_refused, why) in _REFUSED.items():
-        value = getattr(args, dest, None)
-        if is_refused(value):
-            flag = "--" + dest.replace("_", "-")
-            raise ValueError(
-                f"{flag}: {why}; expected it unset under {loss}, got {value}; "
-                "drop it or use --loss sft"
-            )
-    implementation = getattr(args, "cross_entropy_fusion_impl", "native")
-    if getattr(args, "cross_entropy_loss_fusion", False) and implementation != "native":
-        raise ValueError(
-            f"--cross-entropy-fusion-impl: expected native under {loss} (te's older kernels ignore "
-            f"the weight in the backward), got {implementation}; use native"
-        )
+    refuse(args, _REFUSED, loss)
+    refuse_foreign_cross_entropy(args, loss)
     if objective.needs:
         raise ValueError(
             f"{loss}: needs {', '.join(sorted(objective.needs))} of every token, which the stock "

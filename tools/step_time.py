@@ -8,6 +8,7 @@ objective warm up and do not count.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -22,7 +23,9 @@ def main() -> int:
     parser.add_argument("train", nargs="+", help="flags of megatron_dft.train, after --")
     args = parser.parse_args()
 
-    from megatron_dft import compat, train
+    from megatron_dft import train
+    from megatron_dft.compat import loop
+    from megatron_dft.flags.settings import set_settings, settings
     from megatron_dft.losses import registry
 
     objectives = [registry.get("sft"), registry.get("dft")]
@@ -31,16 +34,14 @@ def main() -> int:
 
     def swap(chunks: list[Any], iteration: int) -> None:
         nonlocal mark
-        from megatron_dft.arguments import settings
-
         now = time.perf_counter()
         seconds[settings().objective.name].append(now - mark)
-        settings().objective = objectives[iteration % 2]
+        set_settings(dataclasses.replace(settings(), objective=objectives[iteration % 2]))
         mark = time.perf_counter()
 
-    install = compat.after_training_step
+    install = loop.after_training_step
     # The run's own hook (exports) is not needed here; ours takes its place.
-    compat.after_training_step = lambda callback: install(swap)
+    loop.after_training_step = lambda callback: install(swap)
     steps = 2 * (args.steps + WARM_UP)
     status = train.main([*args.train, "--loss", "sft", "--train-iters", str(steps)])
     if status:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dft.context_parallel import token_indices
+from megatron_dft.compat.context_parallel import token_indices
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -24,14 +24,12 @@ it, activation fails and says which.
 | optimizer checks | `Optimizer._cuda_graph_capture_health_check` and its twin | no-ops | ask CUDA at each step |
 | compile | `torch.compiler.set_stance` | force_eager | fusions are compiled for CUDA speed |
 | RNG tracker imports | `megatron.core.tensor_parallel.random._lazy_call` … | run at once | names bound at import |
-| C++ helpers | `megatron.core.datasets.utils.compile_helpers` | skipped where built | wheel has no Makefile |
 | norm, attention | `LocalSpecProvider`, `LNImpl`, `LayerNormImpl` | `megatron_dft.cpu.layers` | SP, thd and CP |
 
 Source of the requirements: megatron-core 0.19.2 (training/, core/) read and run on CPU.
 """
 
 import contextlib
-import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -160,15 +158,6 @@ def _without(function, *names, **fixed):
     return call
 
 
-def _compile_helpers(original):
-    def compile_helpers():
-        # The wheel brings the compiled module and no Makefile; make's failure would exit the job.
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            original()
-
-    return compile_helpers
-
-
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) for each row of the module's table."""
     cuda = torch.cuda
@@ -231,14 +220,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         if hasattr(torch.optim.Optimizer, check):
             rows += [(torch.optim.Optimizer, check, _nothing)]
 
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as mcore_random
 
     rows += [
         (mcore_random, "_lazy_call", _call_now),
         (mcore_random, "_lazy_init", _nothing),
         (mcore_random, "device_ctx_manager", lambda *a, **k: contextlib.nullcontext()),
-        (dataset_utils, "compile_helpers", _compile_helpers(dataset_utils.compile_helpers)),
     ]
 
     from megatron_dft.cpu import layers

@@ -14,8 +14,8 @@ from megatron_dft.hf import directory
 from megatron_dft.hf.compare import compare_bytes
 from megatron_dft.hf.consumption import check_finite
 from megatron_dft.hf.families import FAMILIES, REFUSED, family_of
-from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.safetensors import Reader
 
 CHOICES = ("auto", "table", "megatron-bridge")
 INSTALL = (

@@ -1,14 +1,10 @@
-"""Is a conversion right? All bytes of a round trip; Megatron's logits against transformers'."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Is a conversion right? All bytes of a round trip."""
 
 import torch
 
 from megatron_dft.hf.families import optional_tensors
-from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.safetensors import Reader
 
 
 def compare_bytes(expected: HFCheckpoint, got: HFCheckpoint) -> None:
@@ -28,13 +24,3 @@ def compare_bytes(expected: HFCheckpoint, got: HFCheckpoint) -> None:
                 )
             ):
                 raise ValueError(f"{got.path}: tensor {name!r} differs from {expected.path}")
-
-
-def compare_logits(checkpoint: HFCheckpoint, torch_dist: Path) -> None:
-    """Run `megatron_dft.verify` in a process of its own: it chooses CPU or GPU for all of Megatron.
-
-    Raises ValueError when the logits differ.
-    """
-    command = [sys.executable, "-m", "megatron_dft.verify", str(checkpoint.path), str(torch_dist)]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(f"--verify: {torch_dist} and {checkpoint.path} do not compute the same")

@@ -82,7 +82,7 @@ def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:
         model_config.rope_scaling_factor = arguments["rope_scaling_factor"]
     own = own_layers(checkpoint)
     if own is not None:
-        from megatron_dft import gemma_layers  # imports Megatron
+        from megatron_dft.hf.families import gemma_layers
 
         gemma_layers.apply(model_config, own)
 

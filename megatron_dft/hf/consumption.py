@@ -9,8 +9,8 @@ from megatron_dft.hf.collective import gather
 from megatron_dft.hf.families import TIED_COPY, optional_tensors
 from megatron_dft.hf.parameters import Shard
 from megatron_dft.hf.pieces import PADDING
-from megatron_dft.hf.safetensors_io import Reader, TensorInfo
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.safetensors import Reader, TensorInfo
 
 
 def check_shapes(shard: Shard, checkpoint: HFCheckpoint) -> None:

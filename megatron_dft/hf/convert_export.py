@@ -15,11 +15,11 @@ from megatron_dft.hf import directory, skeleton
 from megatron_dft.hf.consumption import check_shapes
 from megatron_dft.hf.convert_import import Progress
 from megatron_dft.hf.export import MAX_FILE_BYTES, file_names, plan_files
-from megatron_dft.hf.overlap import ahead
 from megatron_dft.hf.parameters import row_pieces, shards
-from megatron_dft.hf.safetensors_io import Writer
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.hf.torch_dist import TRACKER, Chunk, TorchDistReader
+from megatron_dft.storage.overlap import ahead
+from megatron_dft.storage.safetensors import Writer
 
 
 def find_iteration(checkpoint_dir: str | Path) -> Path:

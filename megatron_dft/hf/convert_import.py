@@ -23,13 +23,13 @@ from megatron_dft.hf.consumption import (
     check_tied_copy,
     count,
 )
-from megatron_dft.hf.flags import megatron_parser
-from megatron_dft.hf.overlap import ahead
 from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.pieces import PADDING
-from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.hf.stock_flags import megatron_parser
 from megatron_dft.hf.torch_dist import BOX_BYTES, TRACKER, TorchDistWriter
+from megatron_dft.storage.overlap import ahead
+from megatron_dft.storage.safetensors import Reader
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dft.hf.safetensors_io import TensorInfo, read_header
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,8 +14,8 @@ from megatron_dft.hf.consumption import (
 )
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.pieces import PADDING
-from megatron_dft.hf.safetensors_io import Reader
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.safetensors import Reader
 
 
 def load_hf_weights(

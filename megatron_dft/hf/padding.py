@@ -6,6 +6,7 @@ and make the target probability that DFT weighs with too small.
 """
 
 import torch
+from megatron.core.utils import unwrap_model
 
 
 def valid_columns(width: int, vocab_size: int, rank: int) -> int:
@@ -42,8 +43,7 @@ def mask_padded_vocab(model: torch.nn.Module, vocab_size: int) -> None:
     gathered) are changed in place; their gradient in the padded columns is zero. Nothing happens
     without padding.
     """
-    while hasattr(model, "module"):
-        model = model.module
+    model = unwrap_model(model)
     layer = getattr(model, "output_layer", None)
     if layer is None:
         return

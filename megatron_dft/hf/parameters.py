@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from megatron_dft.hf.families import table_of
 from megatron_dft.hf.pieces import PADDING, Dimensions, Piece, Rule, Segment, segments, window
@@ -72,13 +73,6 @@ class Shard:
         return {n: (*shape[: self.axis], e, *shape[self.axis + 1 :]) for n, e in extent.items()}
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside Megatron's DDP and Float16Module wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
 @dataclass(frozen=True)
 class _Ranks:
     """This rank's place in one set of process groups: dense layers, or experts."""
@@ -101,7 +95,7 @@ def shards(models: list[torch.nn.Module], checkpoint: HFCheckpoint) -> Iterator[
         parallel_state.get_expert_tensor_parallel_group(),
         parallel_state.get_expert_data_parallel_rank() == 0,
     )
-    for model in map(unwrap, models):
+    for model in unwrap_model(models):
         dims = _dimensions(model.config, checkpoint)
         for name, tensor in _tensors(model):
             key, layer, expert = _key(model, name)

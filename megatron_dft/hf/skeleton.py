@@ -21,6 +21,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.argument_utils import _apply_yarn_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_dft.compat.hooks import wrapped
 from megatron_dft.hf.config import apply_to_model_config, megatron_args
 from megatron_dft.hf.keys import with_te_keys
 from megatron_dft.hf.parameters import Shard, shards
@@ -83,15 +84,13 @@ def build(checkpoint: HFCheckpoint, device: str = "meta") -> torch.nn.Module:
         return model_config.get_builder_cls()(model_config).build_model(groups)
 
 
-@contextlib.contextmanager
-def _tables_on(device: str) -> Iterator[None]:
+def _tables_on(device: str) -> contextlib.AbstractContextManager[None]:
     """Megatron puts rotary tables on torch.cuda.current_device(); here no GPU is needed."""
-    original = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device(device)
-    try:
-        yield
-    finally:
-        torch.cuda.current_device = original
+
+    def make(original: Any) -> Any:
+        return lambda: torch.device(device)
+
+    return wrapped("torch.cuda:current_device", make)
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:

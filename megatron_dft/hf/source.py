@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.hf.safetensors_io import TensorInfo, read_header
+from megatron_dft.storage.safetensors import TensorInfo, read_header
 
 _INDEX = "model.safetensors.index.json"
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dft.hf.overlap import WriteBehind
+from megatron_dft.storage.overlap import WriteBehind
 from megatron_dft.storage.pread import fill
 from megatron_dft.storage.shard import locate
 

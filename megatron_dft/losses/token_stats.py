@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Fields of TokenStats that come from the whole distribution over the vocabulary, and those that
+# come from a frozen reference model.
+VOCABULARY_STATISTICS = ("entropy", "entropy_top20", "sum_sq_prob")
+REFERENCE_STATISTICS = frozenset(("reference_log_prob", "kl"))
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenStats:

@@ -11,9 +11,9 @@ from tests.train.launch import flags
 def _spoil(step, change):
     from megatron.training import get_args
 
-    from megatron_dft import forward_step
+    from megatron_dft.step import loss as step_loss
 
-    plain = forward_step._token_loss
+    plain = step_loss._token_loss
 
     def token_loss(*args):
         loss, *rest = plain(*args)
@@ -21,7 +21,7 @@ def _spoil(step, change):
             loss = change(loss)
         return loss, *rest
 
-    forward_step._token_loss = token_loss
+    step_loss._token_loss = token_loss
 
 
 def _nan_loss_at_step_1():

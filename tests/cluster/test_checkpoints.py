@@ -13,7 +13,7 @@ FILES = {"__0_0.distcp": b"weights" * 9, "__1_0.distcp": b"moments" * 9, "metada
 
 
 def _commit(root, iteration):
-    from megatron_dft.cluster import manifest
+    from megatron_dft.recovery import manifest
 
     directory = manifest.iteration_directory(root, iteration)
     directory.mkdir(parents=True)
@@ -30,7 +30,7 @@ def _commit(root, iteration):
 
 
 def _choose(root, strict):
-    from megatron_dft.cluster import resume
+    from megatron_dft.recovery import resume
 
     try:
         choice = resume.choose(root, strict)
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_program_is_taken_as_it_is(root):
 
 
 def test_old_checkpoints_are_deleted_and_the_new_one_never(tmp_path):
-    from megatron_dft.cluster import commit, manifest
+    from megatron_dft.recovery import commit, manifest
 
     for step in (1, 2, 3, 4, 9):
         _commit(tmp_path, step)
@@ -166,7 +166,7 @@ def test_old_checkpoints_are_deleted_and_the_new_one_never(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    from megatron_dft.cluster import commit, status
+    from megatron_dft.recovery import commit, status
 
     path = tmp_path / "latest_checkpointed_iteration.txt"
     status.write_whole(path, "10")

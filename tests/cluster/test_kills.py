@@ -44,19 +44,19 @@ def _between_files_and_metadata():
 
 
 def _before_the_manifest():
-    from megatron_dft.cluster import manifest
+    from megatron_dft.recovery import manifest
 
     _second_call(manifest, "write")
 
 
 def _between_manifest_and_tracker():
-    from megatron_dft.cluster import manifest
+    from megatron_dft.recovery import manifest
 
     _second_call(manifest, "write", after=True)
 
 
 def _after_the_tracker():
-    from megatron_dft.cluster import commit
+    from megatron_dft.recovery import commit
 
     # Called for the tracker alone.
     _second_call(commit, "write_whole", after=True)
@@ -118,7 +118,7 @@ def test_a_kill_inside_the_second_save(point, whole, tiny_model, chats, tmp_path
 
 
 def _in_the_export():
-    from megatron_dft import output
+    from megatron_dft.training import output
 
     output.Output.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 

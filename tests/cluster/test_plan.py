@@ -37,7 +37,7 @@ def llama_70b(tmp_path):
 
 def _measure():
     """Print what this rank holds when training has ended."""
-    from megatron_dft import output
+    from megatron_dft.training import output
 
     def finish(self):
         weights = grads = 0

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from megatron_dft.cluster import node_checks
-from megatron_dft.cluster.preflight_command import judge
+from megatron_dft.commands.preflight import judge
 from tests.ranks import free_port, run_ranks
 
 

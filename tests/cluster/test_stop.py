@@ -23,12 +23,12 @@ LAYOUTS = {
 
 def _signal_last_rank_at_step_2():
     """The last rank alone is asked to stop, in the middle of a step."""
-    from megatron_dft import forward_step
+    from megatron_dft.step import forward_step
 
     plain, calls = forward_step.get_batch, []
 
-    def get_batch(iterator):
-        batch = plain(iterator)
+    def get_batch(iterator, training):
+        batch = plain(iterator, training)
         from megatron.training import get_args
 
         if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):

@@ -66,7 +66,7 @@ def _case(edges, packed, window, sink, softcap=None):
     """(error of the output, error of the gradients) on this context-parallel rank."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_dft.context_parallel import token_indices
+    from megatron_dft.compat.context_parallel import token_indices
 
     length, batch = edges[-1], 1 if packed else 2
     layer = _attention(

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
-from megatron_dft.data import flags
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.flags import data as flags
 
 
 def _parse(*words):

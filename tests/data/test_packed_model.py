@@ -16,7 +16,7 @@ def _forward(model, row, cp):
     from megatron.core import parallel_state as mpu
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_dft.context_parallel import token_indices
+    from megatron_dft.compat.context_parallel import token_indices
 
     packed, borders = None, row.get("cu_seqlens")
     if borders is not None:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_dft.drift.anchor import L2SP
-from megatron_dft.drift.target import TargetController
+from megatron_dft.lens.anchor import L2SP
+from megatron_dft.lens.controller import TargetController
 
 
 def quadratic(make, steps=400, lr=1e-2, coefficient=0.0, target=None, noise=0.3):

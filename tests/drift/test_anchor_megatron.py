@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_dft.drift.anchor import L2SP
-from megatron_dft.drift.megatron_parameters import inner_optimizers
+from megatron_dft.lens.anchor import L2SP
+from megatron_dft.lens.parameters import inner_optimizers
 from tests.hf.tiny import make_tiny
 from tests.ranks import run_ranks
 

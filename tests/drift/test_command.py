@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from megatron_dft.drift import command
+from megatron_dft.commands import drift as command
 from megatron_dft.drift.page import Picture, Section, Table, render
 from tests.drift.commands import fails, run
 from tests.drift.reference import perturbed, tiny_model, write

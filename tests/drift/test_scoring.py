@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dft import diagnose_command, retention_command, scored_text
+from megatron_dft.commands import diagnose as diagnose_command
+from megatron_dft.commands import retention as retention_command
+from megatron_dft.data import scored_text
 from megatron_dft.drift import scoring
 from megatron_dft.drift.retention import measure
 from tests.drift.commands import fails, run

@@ -86,7 +86,7 @@ def _coefficients_of_ranks():
     """Let every rank say its coefficients in the end."""
     import torch.distributed as dist
 
-    from megatron_dft import output
+    from megatron_dft.training import output
 
     plain = output.Output.finish
 

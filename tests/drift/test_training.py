@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dft.drift.megatron_parameters import all_labels, layer_labels, tracked_parameters
-from megatron_dft.drift.training import TrackedParameter, UpdateTracker
+from megatron_dft.lens.parameters import all_labels, layer_labels, tracked_parameters
+from megatron_dft.lens.tracker import TrackedParameter, UpdateTracker
 from tests.drift.reference import perturbed, statistics, write
 from tests.drift.test_statistics import report
 from tests.hf.tiny import make_tiny
@@ -61,7 +61,7 @@ def test_one_process(dtype):
 
 
 def test_a_large_tensor_is_compared_in_pieces(monkeypatch):
-    monkeypatch.setattr("megatron_dft.drift.training._CHUNK", 7)
+    monkeypatch.setattr("megatron_dft.lens.tracker._CHUNK", 7)
     start = torch.randn(40, generator=torch.Generator().manual_seed(1))
     live = start.clone()
     tracker = UpdateTracker([TrackedParameter(live, "w")], ["w"])

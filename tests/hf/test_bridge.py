@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dft.hf import bridge, import_command
+from megatron_dft.commands import import_hf as import_command
+from megatron_dft.hf import bridge
 from megatron_dft.hf.source import open_checkpoint
 from tests.hf.test_round_trip import assert_same_bytes
 from tests.hf.tiny import make_tiny

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from megatron_dft.hf.config import TRAINING_DEFAULTS, megatron_args
-from megatron_dft.hf.flags import megatron_flags, megatron_parser
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import open_checkpoint
+from megatron_dft.hf.stock_flags import megatron_flags, megatron_parser
 from tests.hf.tiny import KINDS, make_tiny
 
 

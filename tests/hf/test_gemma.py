@@ -5,8 +5,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-
 from megatron_dft.gemma_checks import check_own_layers, same_own_layers
+
 from megatron_dft.hf.config import megatron_args, own_layers
 from megatron_dft.hf.source import open_checkpoint
 from tests.hf.tiny import make_tiny
@@ -106,7 +106,7 @@ def test_the_first_loss_is_that_of_transformers(models, run, tmp_path):
 
 
 def test_soft_cap_is_the_formula_with_its_gradient():
-    from megatron_dft.gemma_layers import soft_cap
+    from megatron_dft.hf.families.gemma_layers import soft_cap
 
     x = torch.linspace(-9, 9, 7, dtype=torch.float64, requires_grad=True)
     (soft_cap(x, 3.0) * torch.arange(7)).sum().backward()

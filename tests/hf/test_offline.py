@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dft.commands import export_hf as export_command
+from megatron_dft.commands import import_hf as import_command
 from megatron_dft.hf import directory as hf_directory
-from megatron_dft.hf import export_command, import_command
 from megatron_dft.hf.source import open_checkpoint
 from tests.hf import megatron_model
 from tests.hf.test_load_errors import K_PROJ, add, edited
@@ -60,7 +61,7 @@ def test_every_byte_comes_back(kind, imported):
 
 def verify_all(pairs: dict[str, tuple[Path, Path]]) -> dict[str, tuple[float, float]]:
     """kind -> largest difference of the logits that --verify compares, and the largest logit."""
-    from megatron_dft import verify
+    from megatron_dft.commands import verify
     from megatron_dft.cpu import runtime
 
     runtime.activate()

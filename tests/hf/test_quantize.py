@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_dft import fake_quantize
+from megatron_dft.training import fake_quantize
 from tests.hf.tiny import make_tiny
 from tests.train.conftest import write_chats
 from tests.train.launch import flags, largest_relative_error, run_train, weights

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_dft.hf.config import megatron_args
-from megatron_dft.hf.safetensors_io import Reader, Writer, read_header
 from megatron_dft.hf.source import open_checkpoint
+from megatron_dft.storage.safetensors import Reader, Writer, read_header
 from tests.hf.tiny import make_tiny
 
 
@@ -194,7 +194,7 @@ def test_config_that_transformers_refuses(tiny):
 
 
 def test_reader_returns_the_bytes_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_dft.hf.safetensors_io._BLOCK_BYTES", 64)
+    monkeypatch.setattr("megatron_dft.storage.safetensors._BLOCK_BYTES", 64)
     tensors = {
         "a": torch.arange(60.0).view(12, 5),
         "b": torch.randn(7, 3, 2).to(torch.bfloat16),

@@ -34,20 +34,22 @@ FLAGS = """
 
 def printed_flags(source: Path) -> list[str]:
     """What `megatron-dft import` prints, as words."""
-    from megatron_dft.hf.flags import megatron_flags
+    from megatron_dft.hf.stock_flags import megatron_flags
 
     return [w for f in megatron_flags(open_checkpoint(source)) for w in shlex.split(f)]
 
 
 def stock_loss(tree: str, source: Path, load: Path, tp: int, pp: int) -> tuple[float, list]:
     """Loss of the first step of the stock script, and the micro-batches it was taken on."""
-    from megatron_dft import compat
+    from megatron_dft.compat.loop import on_training_log
+    from megatron_dft.compat.release import skip_built_helpers
     from megatron_dft.cpu import runtime
 
     runtime.activate()
+    skip_built_helpers()
     words = printed_flags(source)
     losses: list[float] = []
-    compat.on_training_log(lambda found, call: losses.extend(map(float, found.values())))
+    on_training_log(lambda found, call: losses.extend(map(float, found.values())))
     script = Path(tree, "pretrain_gpt.py")
     sys.path.insert(0, tree)
     layout = f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}".split()

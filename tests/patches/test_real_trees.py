@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dft import cli, patch_command
+from megatron_dft import cli
+from megatron_dft.commands import patch as patch_command
 from tests.patches.checkouts import copy_scripts, sources
 from tests.ranks import run_ranks
 
@@ -88,7 +89,8 @@ def _formula(loss_mask: Any, output_tensor: Any, model: Any = None) -> tuple[Any
 
 def _train(tree: str, words: list[str], formula: bool) -> list[dict[str, float]]:
     """The figures of each step of that tree's pretrain_gpt.py on the CPU runtime."""
-    from megatron_dft import compat
+    from megatron_dft.compat.loop import on_training_log
+    from megatron_dft.compat.release import skip_built_helpers
     from megatron_dft.cpu import runtime
 
     heard: list[dict[str, float]] = []
@@ -98,7 +100,8 @@ def _train(tree: str, words: list[str], formula: bool) -> list[dict[str, float]]
         heard.append({**figures, "grad_norm": float(call["grad_norm"])})
 
     runtime.activate()
-    compat.on_training_log(hear)
+    skip_built_helpers()
+    on_training_log(hear)
     script = Path(tree, "pretrain_gpt.py")
     sys.path.insert(0, tree)
     sys.argv = [str(script), *FLAGS, *words]

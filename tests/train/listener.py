@@ -7,7 +7,8 @@ from typing import Any
 
 def on_figures(note: Callable[[dict[str, float]], None]) -> None:
     """`note` gets the figures of each step: "step", "grad_norm", the losses; last stage only."""
-    from megatron_dft import progress, report
+    from megatron_dft.losses import report
+    from megatron_dft.training import progress
 
     plain = progress.Progress.log
 
@@ -28,13 +29,13 @@ def on_rows(note: Callable[[int, list[int]], None]) -> None:
     """`note` gets step and checksums of the rows of each micro-batch, on every rank."""
     from megatron.training import get_args
 
-    from megatron_dft import forward_step
+    from megatron_dft.step import forward_step
 
     plain = forward_step.get_batch
 
-    def get_batch(iterator: Any) -> dict[str, Any]:
-        batch = plain(iterator)
-        rows = [zlib.crc32(row.numpy().tobytes()) for row in batch["tokens"].cpu()]
+    def get_batch(iterator: Any, training: bool) -> Any:
+        batch = plain(iterator, training)
+        rows = [zlib.crc32(row.numpy().tobytes()) for row in batch.tokens.cpu()]
         note(get_args().curr_iteration + 1, rows)
         return batch
 

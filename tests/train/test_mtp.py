@@ -14,9 +14,9 @@ def _hear_mtp():
     """Put the heads' loss, which Megatron logs apart, among the figures of each step."""
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    from megatron_dft import compat
+    from megatron_dft.compat import loop
 
-    install = compat.on_training_log
+    install = loop.on_training_log
 
     def on_training_log(before):
         def also(losses, call):
@@ -27,7 +27,7 @@ def _hear_mtp():
 
         install(also)
 
-    compat.on_training_log = on_training_log
+    loop.on_training_log = on_training_log
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_the_heads_under_tensor_parallelism(run):
 def test_the_heads_gradient_is_the_formula_s():
     from types import SimpleNamespace
 
-    from megatron_dft import logits_probe
     from megatron_dft.losses import registry
+    from megatron_dft.step.logits_probe import LogitsProbe
 
     def cross_entropy(labels, logits):
         flat = torch.nn.functional.cross_entropy(
@@ -82,7 +82,7 @@ def test_the_heads_gradient_is_the_formula_s():
         return flat.view(labels.T.shape).T
 
     model = SimpleNamespace(compute_language_model_loss=cross_entropy, training=True)
-    logits_probe.install(model, registry.get("dft"), weigh_mtp=True)
+    LogitsProbe(model, registry.get("dft"), weigh_mtp=True)
     logits = torch.randn(5, 2, 7, requires_grad=True)
     labels = torch.randint(0, 7, (2, 5))
     labels[0, 3] = -100

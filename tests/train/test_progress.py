@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_dft import progress
-from megatron_dft.report import HISTOGRAM_BINS, TOKENS, histogram_key
+from megatron_dft.losses.report import HISTOGRAM_BINS, TOKENS, histogram_key
+from megatron_dft.training import progress
 
 
 def _losses(shares):

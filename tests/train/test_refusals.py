@@ -16,7 +16,8 @@ def _rank(argv):
     import contextlib
     import io
 
-    from megatron_dft import model, train
+    from megatron_dft import train
+    from megatron_dft.training import model
 
     def built(*args, **kwargs):
         raise AssertionError("a model was built")

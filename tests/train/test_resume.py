@@ -53,7 +53,7 @@ def test_weights_come_from_the_checkpoint_not_from_the_model(tiny_model, chats, 
 
 
 def _no_hf_weights():
-    from megatron_dft import model
+    from megatron_dft.training import model
 
     def refuse(*args):
         raise AssertionError("the Hugging Face weights were read")

@@ -36,7 +36,7 @@ def _silent():
 
 
 def _use(data):
-    from megatron_dft import data_provider
+    from megatron_dft.training import data_provider
 
     def provider(num_samples, vp_stage=None):
         return data, None, None

@@ -180,7 +180,7 @@ def test_training_with_scores_is_training_with_the_model(
 
 
 def _no_frozen_model():
-    from megatron_dft import reference_model
+    from megatron_dft.training import reference_model
 
     def built(*args):
         raise AssertionError("a frozen model was built")
@@ -244,7 +244,7 @@ def _refusal(entry, argv):
     import importlib
     import io
 
-    from megatron_dft import model
+    from megatron_dft.training import model
 
     def built(*args, **kwargs):
         raise AssertionError("a model was built")

@@ -1,0 +1,55 @@
+"""`megatron-dft diagnose MODEL DATA`: before training, is DFT the right loss for this data?"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dft.data import scored_text
+from megatron_dft.data.schema import FORMATS
+from megatron_dft.drift import diagnosis_report
+from megatron_dft.drift.diagnosis import diagnose
+from megatron_dft.drift.scoring import load_model, score, windows
+
+SUMMARY = "target probabilities of the base on the training data, and the loss to choose"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="the base model, a Hugging Face directory")
+    parser.add_argument("data", nargs="+", help="training conversations, as for --train-data")
+    parser.add_argument(
+        "--out", type=Path, default=Path("diagnosis"), help="report directory (%(default)s)"
+    )
+    parser.add_argument("--data-format", choices=FORMATS, help="layout (default: recognised)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=50_000,
+        help="supervised tokens to score, from conversations drawn at random (%(default)s)",
+    )
+    parser.add_argument(
+        "--window", type=int, default=1024, help="tokens that the model sees at once (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+    parser.add_argument("--chat-template", help="Jinja file in place of the tokenizer's template")
+
+
+def run(args: argparse.Namespace) -> int:
+    for flag, value, least in (("--max-tokens", args.max_tokens, 1), ("--window", args.window, 2)):
+        if value < least:
+            raise ValueError(f"{flag}: expected {least} or more, got {value}")
+    tokenizer = scored_text.tokenizer_of(args.model, args.chat_template)
+    rows = scored_text.conversations(args.data, tokenizer, "DATA", args.data_format)
+    total = len(rows)
+    rows, cut = scored_text.limit(rows, args.max_tokens)
+    model = load_model(args.model, args.device)
+    print(f"diagnose: {len(rows):,} conversations of {total:,}", file=sys.stderr)
+    scores = list(score(model, windows(rows, args.window)))
+    result = diagnose(scores, lambda i: tokenizer.decode([i]), frozenset(tokenizer.all_special_ids))
+    notes = []
+    if cut:
+        notes.append(f"From {len(rows):,} of {total:,} conversations, drawn at random.")
+    result |= {"model": str(args.model), "data": " ".join(args.data), "notes": notes}
+    diagnosis_report.write(args.out, result)
+    print(f"--loss {result['recommendation']['loss']}: {result['recommendation']['reason']}")
+    print(f"report: {args.out / 'diagnosis.html'}")
+    return 0

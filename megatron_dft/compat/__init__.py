@@ -1,0 +1,42 @@
+"""What this package knows of Megatron's releases, and everything of others that it replaces.
+
+`WRAPPED` lists every function or object of Megatron and torch that a run replaces (the CPU runtime
+has a table of its own, cpu/runtime.py): "module:name" or "module:Class.name" → why. hooks.py
+replaces nothing else.
+"""
+
+_TRAINING = "megatron.training.training"
+_CHECKPOINTING = "megatron.training.checkpointing"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
+
+WRAPPED: dict[str, str] = {
+    # the loop
+    f"{_TRAINING}:training_log": "progress lines and figures of ours ahead of Megatron's log",
+    f"{_TRAINING}:post_training_step_callbacks": "exports and the lens after a step",
+    f"{_TRAINING}:get_megatron_optimizer": "the L2-SP anchor takes the optimizer's weights",
+    f"{_TRAINING}:setup_model_and_optimizer": "the checkpoint is chosen before the model is built",
+    f"{_TRAINING}:build_pretraining_data_loader": "a finished run has no row left to load",
+    f"{_TRAINING}:checkpoint_and_decide_exit": "a save and a step are progress to the watchdog",
+    f"{_TRAINING}:save_checkpoint_and_time": "--keep-last deletes after a save",
+    "megatron.core.models.gpt.gpt_model:process_mtp_loss": "MTP heads have a loss of their own",
+    "megatron.core.datasets.utils:compile_helpers": "the wheel has no Makefile; make's failure "
+    "would end the job",
+    # stopping and numbers
+    "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER": "SIGTERM, SIGUSR1 and a stop file stop "
+    "all ranks after the same step",
+    f"{_RERUN}.validate_result": "a NaN stops all ranks after the step, with the rows named",
+    f"{_RERUN}.should_checkpoint_and_exit": "the ranks agree on a bad number once a step",
+    # checkpoints
+    f"{_CHECKPOINTING}:check_checkpoint_args": "targets of the lens go on where they stopped",
+    f"{_CHECKPOINTING}:sys": "a checkpoint that fails to load exits with a status that is not 0",
+    f"{_CHECKPOINTING}:maybe_msc": "the tracker file is replaced and never truncated",
+    "megatron.core.dist_checkpointing:save": "a clean directory before, the manifest after",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue": "no "
+    "helper process a rank where saving is not asynchronous",
+    f"{_OPTIMIZER}.state_dict": "torch's Adam has counted no step when it is resumed",
+    f"{_OPTIMIZER}.load_state_dict": "torch's Adam resumes with its true count",
+    f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
+    # conversion
+    "torch.cuda:current_device": "a skeleton's rotary tables need no GPU",
+}

@@ -1,0 +1,197 @@
+"""The command line's data flags, for every command that reads chat data."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.data.overlong import OVERLONG
+from megatron_dft.data.prepare import ERRORS
+from megatron_dft.data.schema import FORMATS
+from megatron_dft.data.spec import REWRITES
+
+DEFAULT_MAX_BAD_ROWS = 0.001
+
+
+def add_arguments(group: Any) -> None:
+    """Adds the data flags to an argparse parser or group (shared by train and inspect-data)."""
+    add = group.add_argument
+    add(
+        "--train-data",
+        nargs="+",
+        metavar="[W:]PATH",
+        default=None,
+        help="training conversations: .jsonl(.gz|.zst) or .parquet files, directories of them, data"
+        " sets that `datasets` saved, or hub names (org/name or org/name@split); with weights "
+        "(0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these proportions",
+    )
+    add(
+        "--valid-data",
+        nargs="+",
+        metavar="PATH",
+        default=None,
+        help="conversations to evaluate on, each once per evaluation, in file order",
+    )
+    add(
+        "--data-format",
+        choices=FORMATS,
+        default=None,
+        help="layout of the rows; recognised by their columns where it is not given",
+    )
+    # Megatron's own parser has this flag already, with the same meaning here.
+    if "--chat-template" not in group._option_string_actions:
+        add(
+            "--chat-template",
+            metavar="FILE",
+            default=None,
+            help="Jinja file that replaces the tokenizer's own chat template",
+        )
+    add(
+        "--chat-template-args",
+        metavar="JSON",
+        default=None,
+        type=_template_args,
+        help="variables for the template, as a JSON object, e.g. '{\"enable_thinking\": false}'",
+    )
+    add(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        default=None,
+        type=_template_date,
+        help="the date that a template is told which prints today's; such a template is refused "
+        "without it, because the tokens would change from day to day",
+    )
+    add(
+        "--chat-rewrites",
+        choices=REWRITES,
+        default="per-turn",
+        help="where a template rewrites earlier turns when later ones follow (Qwen3 drops their "
+        "reasoning): make each assistant turn a sample of its own, or refuse the data",
+    )
+    add(
+        "--overlong",
+        choices=OVERLONG,
+        default="refuse",
+        help="conversations that do not fit --seq-length: refuse to start, drop them, or cut them "
+        "behind the last whole assistant turn that fits; always counted",
+    )
+    add(
+        "--no-packing",
+        action="store_true",
+        help="one conversation a row, padded, instead of as many as fit",
+    )
+    add(
+        "--data-errors",
+        choices=ERRORS,
+        default="strict",
+        help="a row that cannot be trained on stops the run before it begins (strict), or is left "
+        "out, counted and logged (skip)",
+    )
+    add(
+        "--max-bad-rows",
+        type=_max_bad_rows,
+        default=None,
+        metavar="N",
+        help="with --data-errors skip: how many rows may be bad, as a share of all below 1 "
+        "(default 0.001), as a count from 1 on",
+    )
+    add(
+        "--data-cache",
+        metavar="DIR",
+        default=None,
+        help="where tokenised data is kept between runs; on several machines a shared directory. "
+        "Default: ~/.cache/megatron_dft/data, or $MEGATRON_DFT_DATA_CACHE",
+    )
+    add(
+        "--data-workers",
+        type=_workers,
+        default=None,
+        metavar="N",
+        help="tokenising processes; default: one a core",
+    )
+    add("--allow-data-change", action="store_true",
+        help="resume although the data, tokenizer, template, seed or row length differ from those "
+        "that the checkpoint was trained with")  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise one ValueError where a run has nothing to train or evaluate on."""
+    if not args.train_data and not args.skip_train:
+        raise ValueError(
+            "--train-data: expected at least one file of conversations, got none; name one"
+        )
+    if args.eval_iters and not args.valid_data:
+        raise ValueError(
+            f"--eval-iters {args.eval_iters}: needs --valid-data, "
+            "got none; give it or drop the flag"
+        )
+
+
+def cache_directory(args: argparse.Namespace) -> Path:
+    """--data-cache, $MEGATRON_DFT_DATA_CACHE, or a directory of the user's."""
+    chosen = args.data_cache or os.environ.get("MEGATRON_DFT_DATA_CACHE")
+    return Path(chosen or "~/.cache/megatron_dft/data").expanduser()
+
+
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that train and validation data share, as keywords of dataset.build_dataset.
+
+    Raises ValueError for flags that contradict each other.
+    """
+    if args.max_bad_rows is not None and args.data_errors == "strict":
+        raise ValueError(
+            f"--max-bad-rows {args.max_bad_rows:g} has no meaning with --data-errors strict, which "
+            "allows none; give --data-errors skip, or drop it"
+        )
+    return dict(
+        packing=not args.no_packing,
+        overlong=args.overlong,
+        errors=args.data_errors,
+        max_bad_rows=DEFAULT_MAX_BAD_ROWS if args.max_bad_rows is None else args.max_bad_rows,
+        cache_dir=cache_directory(args),
+        data_format=args.data_format,
+        template_args=args.chat_template_args,
+        template_date=args.template_date,
+        rewrites=args.chat_rewrites,
+        workers=args.data_workers,
+    )
+
+
+def _template_args(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+def _template_date(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected YYYY-MM-DD, got {text!r}") from None
+
+
+def _max_bad_rows(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (value >= 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(
+            f"expected a share from 0 to below 1, or a whole count, got {text!r}"
+        )
+    return value
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,54 @@
+"""Megatron's own settings that a run here refuses, beside those under which exp(−CE) is not p."""
+
+import argparse
+
+from megatron_dft.hf.layout import check_layout
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.losses.refusals import (
+    NOT_P,
+    Refusal,
+    given,
+    refuse,
+    refuse_foreign_cross_entropy,
+)
+from megatron_dft.losses.registry import Objective
+
+_REFUSED: dict[str, Refusal] = {
+    **NOT_P,
+    "hybrid_layer_pattern": Refusal(
+        given, "hybrid models have not been proven here", "use a GPT model"
+    ),
+    "sft": Refusal(bool, "is Megatron's own SFT data set, which --train-data replaces"),
+    "use_checkpoint_args": Refusal(
+        bool, "takes the model's flags from the checkpoint, --hf-model sets them"
+    ),
+    "cuda_graph_impl": Refusal(
+        lambda value: value not in (None, "none"),
+        "has not been proven here",
+        "use --cuda-graph-impl none",
+    ),
+    "perform_rl_step": Refusal(bool, "is for reinforcement learning", "use stock Megatron-LM"),
+    "use_torch_fsdp2": Refusal(bool, "has not been proven here", "use --use-distributed-optimizer"),
+    "use_megatron_fsdp": Refusal(
+        bool, "has not been proven here", "use --use-distributed-optimizer"
+    ),
+    "dataloader_inter_document_masking": Refusal(bool, "is decided by --train-data"),
+    "phase_transition_iterations": Refusal(given, "has not been proven here"),
+}
+
+
+def refuse_settings(args: argparse.Namespace, objective: Objective) -> None:
+    """Raise one ValueError for a setting that is refused; args not yet validated by Megatron."""
+    loss = f"--loss {objective.name}"
+    refuse(args, _REFUSED, loss)
+    refuse_foreign_cross_entropy(args, loss)
+
+
+def refuse_layout(args: argparse.Namespace, checkpoint: HFCheckpoint) -> None:
+    """Raise one ValueError for a layout that the model's shape cannot take."""
+    check_layout(
+        checkpoint,
+        tensor_parallel=args.tensor_model_parallel_size,
+        pipeline_parallel=args.pipeline_model_parallel_size,
+        expert_parallel=args.expert_model_parallel_size,
+    )

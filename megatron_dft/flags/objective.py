@@ -1,0 +1,141 @@
+"""Flags of the loss: the objective and its parameters, its route, and what it is compared with."""
+
+import argparse
+from typing import Any
+
+from megatron_dft.losses import registry
+from megatron_dft.losses.refusals import flag_of
+from megatron_dft.losses.registry import Objective
+from megatron_dft.losses.token_stats import REFERENCE_STATISTICS, VOCABULARY_STATISTICS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--loss with every objective's parameters, the route and the reference."""
+    registry.add_arguments(parser.add_argument_group("objective"))
+    group = parser.add_argument_group("route and reference of the loss")
+    group.add_argument(
+        "--loss-chunk-size",
+        type=int,
+        metavar="TOKENS",
+        help="compute the loss from the hidden states, never holding more than this many tokens' "
+        "worth of logits; default: Megatron's own output layer and cross entropy",
+    )
+    group.add_argument(
+        "--dft-mtp",
+        action="store_true",
+        help="let the objective weigh the losses of multi-token prediction heads too; they start "
+        "from random weights and are not exported",
+    )
+    group.add_argument(
+        "--dft-reference-model",
+        metavar="DIR_OR_NAME",
+        help="frozen model for iw-sft, psft, asft and --kl-coeff, held in the same layout; "
+        "default: --hf-model",
+    )
+    group.add_argument(
+        "--kl-coeff",
+        type=float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="add LAMBDA · KL(reference ‖ model) over the vocabulary to any objective's token loss",
+    )
+
+
+def compares(args: argparse.Namespace, objective: Objective) -> bool:
+    """Whether the loss looks at a reference model, held or scored before."""
+    return bool(args.kl_coeff) or bool(REFERENCE_STATISTICS & objective.needs)
+
+
+def needs_kl(args: argparse.Namespace, objective: Objective) -> bool:
+    """Whether the loss looks at the reference's whole distribution."""
+    return bool(args.kl_coeff) or "kl" in objective.needs
+
+
+def check(args: argparse.Namespace, objective: Objective) -> None:
+    """Raise one ValueError for what the objective, its route or its reference cannot do."""
+    missing = sorted(objective.needs - set(VOCABULARY_STATISTICS) - REFERENCE_STATISTICS)
+    assert not missing, f"no source for {missing}"
+    _check_reference(args, objective)
+    _check_mtp(args, objective)
+    if args.loss_chunk_size is not None:
+        _check_chunks(args, objective)
+
+
+def _check_reference(args: argparse.Namespace, objective: Objective) -> None:
+    if args.kl_coeff < 0:
+        raise ValueError(
+            f"--kl-coeff: expected at least 0, got {args.kl_coeff}; leave it out for none"
+        )
+    if args.kl_coeff and "kl" in objective.needs:
+        raise ValueError(
+            f"--kl-coeff: --loss {objective.name} has the KL term already; use its own flag"
+        )
+    if args.dft_reference_model is not None and not compares(args, objective):
+        raise ValueError(
+            f"--dft-reference-model: --loss {objective.name} compares with nothing; drop it, or "
+            "choose iw-sft, psft, asft or --kl-coeff"
+        )
+    held = compares(args, objective) and args.dft_reference_scores is None
+    if held and has_virtual_stages(args):
+        raise ValueError(
+            f"--loss {objective.name}: a reference model has not been proven under virtual "
+            "pipeline stages; drop --num-layers-per-virtual-pipeline-stage and its like, or give "
+            "--dft-reference-scores"
+        )
+
+
+def _check_chunks(args: argparse.Namespace, objective: Objective) -> None:
+    if needs_kl(args, objective):
+        raise ValueError(
+            "--loss-chunk-size: the KL needs the whole distribution at once; drop the flag"
+        )
+    if args.loss_chunk_size < 1:
+        raise ValueError(
+            f"--loss-chunk-size: expected at least 1 token, got {args.loss_chunk_size}; "
+            "256 is a good start, leave it out for Megatron's own cross entropy"
+        )
+    if args.overlap_param_gather:
+        raise ValueError(
+            "--loss-chunk-size: reads the output layer's weight without calling the layer, which "
+            "--overlap-param-gather does not see; drop one of the two"
+        )
+    if args.cross_entropy_loss_fusion:
+        raise ValueError(
+            "--cross-entropy-loss-fusion: has no effect under --loss-chunk-size; drop one of them"
+        )
+
+
+def _check_mtp(args: argparse.Namespace, objective: Objective) -> None:
+    if not args.mtp_num_layers:
+        if args.dft_mtp:
+            raise ValueError(
+                "--dft-mtp: expected --mtp-num-layers beside it, got none; give it or drop the flag"
+            )
+        return
+    for dest in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, dest) > 1:
+            raise ValueError(
+                f"{flag_of(dest)}: with --mtp-num-layers only 1 has been proven, "
+                f"got {getattr(args, dest)}; drop one of the two"
+            )
+    if compares(args, objective):
+        raise ValueError(
+            "--mtp-num-layers: has not been proven with a reference model; drop the flag"
+        )
+    if args.dft_mtp and (objective.needs or not objective.per_token):
+        raise ValueError(
+            f"--dft-mtp: expected an objective that looks at p of single tokens, got --loss "
+            f"{objective.name}; drop the flag to weigh the main head alone"
+        )
+
+
+def has_virtual_stages(args: Any) -> bool:
+    """Whether the flags cut a rank's pipeline stage into several."""
+    return any(
+        value is not None
+        for value in (
+            args.num_layers_per_virtual_pipeline_stage,
+            args.num_virtual_stages_per_pipeline_rank,
+            args.pipeline_model_parallel_layout,
+        )
+    )

@@ -1,0 +1,63 @@
+"""Flags of what a run leaves behind: Hugging Face exports, checkpoints, the progress line."""
+
+import argparse
+from pathlib import Path
+
+from megatron_dft.hf.source import HFCheckpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; nothing is parsed or checked."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--save-hf", metavar="DIR", help="write a Hugging Face checkpoint here at the end"
+    )
+    group.add_argument(
+        "--save-hf-interval",
+        type=int,
+        metavar="STEPS",
+        help="also write DIR-step-N every so many steps",
+    )
+    group.add_argument(
+        "--save-hf-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the written weights; default: that of the base checkpoint",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="let --save-hf replace an existing directory"
+    )
+    group.add_argument(
+        "--progress",
+        choices=("auto", "rich", "plain", "off"),
+        default="auto",
+        help="our progress line beside Megatron's log; auto is rich on a terminal, else plain",
+    )
+
+
+def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
+    """Raise one ValueError where something would be lost, overwritten or never written."""
+    if args.save is not None and args.save_interval is None:
+        raise ValueError(
+            f"--save {args.save}: expected --save-interval STEPS beside it, got none; "
+            "a number beyond the last step saves at the end alone"
+        )
+    if args.save_hf is None:
+        if args.save_hf_interval is not None:
+            raise ValueError(
+                "--save-hf-interval: expected --save-hf DIR beside it, got none; give it or drop "
+                "the flag"
+            )
+        return
+    if args.save_hf_interval is not None and args.save_hf_interval < 1:
+        raise ValueError(
+            f"--save-hf-interval: expected at least 1 step, got {args.save_hf_interval}; leave it "
+            "out to export at the end alone"
+        )
+    target = Path(args.save_hf)
+    if checkpoint is not None and target.resolve() == checkpoint.path.resolve():
+        raise ValueError(f"--save-hf: {target} is the base model itself; choose another directory")
+    if target.exists() and any(target.iterdir()) and not args.overwrite:
+        raise ValueError(
+            f"--save-hf: {target} exists and is not empty; choose another directory or add "
+            "--overwrite"
+        )

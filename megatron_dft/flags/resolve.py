@@ -1,0 +1,154 @@
+"""Our flags beside Megatron's, and every check of a user's settings before anything is built.
+
+`add_arguments` is the `extra_args_provider` of Megatron's parser. It parses the command line once
+itself, so that it can tell the flags that were given from defaults: what the Hugging Face config
+and the device decide becomes a default, and a given flag that contradicts them is an error.
+
+A flag is defined and refused in the file of its subject; this one gathers them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dft.compat.release import mend_help
+from megatron_dft.cpu import runtime
+from megatron_dft.flags import (
+    batch,
+    data,
+    defaults,
+    lens,
+    megatron,
+    model,
+    objective,
+    output,
+    quantize,
+    recovery,
+    scores,
+)
+from megatron_dft.flags.settings import Settings, set_settings
+from megatron_dft.hf import bridge
+from megatron_dft.hf.config import megatron_args
+from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.losses import registry
+from megatron_dft.losses.registry import Objective
+
+Opener = Callable[..., HFCheckpoint]
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, scoring: bool = False, opener: Opener = open_checkpoint
+) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser and set what the model and the device decide.
+
+    scoring: for score.py, which takes the flags of training and some of its own. opener: opens
+    --hf-model; as hf.source.open_checkpoint.
+
+    Raises:
+        ValueError: one line naming the flag, what was expected, what came, and the remedy.
+    """
+    _define(parser, scoring)
+    mend_help(parser)
+    if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
+        parser.print_help()
+        parser.exit()
+    _resolve(parser, scoring, opener)
+    return parser
+
+
+def _define(parser: argparse.ArgumentParser, scoring: bool) -> None:
+    for subject in (model, objective, scores, lens, output, quantize, recovery):
+        subject.add_arguments(parser)
+    data.add_arguments(parser.add_argument_group("data"))
+    if scoring:
+        scores.add_scoring_arguments(parser)
+
+
+def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """dest → value of the flags that stand on the command line, and no defaults."""
+    kept = [(action, action.default) for action in parser._actions]
+    defaults, parser._defaults = parser._defaults, {}
+    try:
+        for action, _ in kept:
+            action.default = argparse.SUPPRESS
+        return vars(parser.parse_args())
+    finally:
+        for action, default in kept:
+            action.default = default
+        parser._defaults = defaults
+
+
+def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> None:
+    given = given_flags(parser)
+    chosen = dict(defaults.TRAINING_DEFAULTS)
+    checkpoint, vocab_size = None, given.get("vocab_size")
+    if "hf_model" in given:
+        checkpoint = opener(
+            given["hf_model"],
+            given.get("hf_revision"),
+            trust_remote_code=given.get("trust_remote_code", False),
+        )
+        bridge.check_training(given.get("hf_bridge", "auto"), checkpoint)
+        of_model = megatron_args(checkpoint)
+        model.no_contradiction(parser, given, of_model, given["hf_model"])
+        vocab_size = of_model["vocab_size"]
+        chosen.update(of_model)
+        # Every weight is read from the files, but those of multi-token prediction heads.
+        chosen["perform_initialization"] = bool(given.get("mtp_num_layers"))
+    # The device was chosen before Megatron was imported; torch now answers as that device would.
+    chosen.update(defaults.CPU_DEFAULTS if runtime.is_active() else defaults.gpu_defaults())
+    # set_defaults accepts any name: one that this release does not know would be lost in silence.
+    known = {action.dest for action in parser._actions}
+    assert chosen.keys() <= known, f"no such Megatron flags: {sorted(chosen.keys() - known)}"
+    parser.set_defaults(**chosen)
+    args = parser.parse_args()
+    asked = registry.resolve(args)
+    if scoring:
+        scores.leave_out_training(args)
+        scores.check_scoring(args)
+        asked = registry.get("sft")
+    else:
+        scores.check_training(args, asked)
+    _check(args, checkpoint, asked)
+    if vocab_size is not None:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)
+    set_settings(
+        Settings(
+            asked,
+            checkpoint,
+            vocab_size,
+            _reference(args, checkpoint, asked, opener),
+            reference_scores=None if scoring else args.dft_reference_scores,
+        )
+    )
+
+
+def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Objective) -> None:
+    """Every refusal that needs no validation by Megatron (recovery.check does)."""
+    megatron.refuse_settings(args, asked)
+    objective.check(args, asked)
+    model.check(args, checkpoint, runtime.is_active())
+    data.check(args)
+    batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
+    lens.check(args)
+    output.check(args, checkpoint)
+    if checkpoint is not None:
+        megatron.refuse_layout(args, checkpoint)
+    quantize.check(args)
+
+
+def _reference(
+    args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Objective, opener: Opener
+) -> HFCheckpoint | None:
+    """The checkpoint of the frozen model, None where nothing is compared."""
+    if not objective.compares(args, asked) or args.dft_reference_scores is not None:
+        return None
+    if args.dft_reference_model is None:
+        return checkpoint
+    reference = opener(args.dft_reference_model, trust_remote_code=args.trust_remote_code)
+    assert checkpoint is not None
+    model.same_architecture(checkpoint, reference)
+    return reference

@@ -1,0 +1,41 @@
+"""What the flags of a run come to, for the rest of the program."""
+
+from dataclasses import dataclass
+
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.losses.registry import Objective
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What no single flag holds.
+
+    objective             --loss and its parameters
+    checkpoint            the opened --hf-model
+    vocab_size            the model's own, without Megatron's padding; None: as padded
+    reference_checkpoint  the base that a frozen model is made of; None: nothing is compared, or
+                          stored scores serve
+    reference_scores      directory of a reference's stored log-probabilities, which the training
+                          rows then carry
+    """
+
+    objective: Objective
+    checkpoint: HFCheckpoint | None
+    vocab_size: int | None
+    reference_checkpoint: HFCheckpoint | None = None
+    reference_scores: str | None = None
+
+
+_settings: Settings | None = None
+
+
+def settings() -> Settings:
+    """The settings of this run; set when the command line has been parsed."""
+    assert _settings is not None, "the command line has not been parsed"
+    return _settings
+
+
+def set_settings(found: Settings) -> None:
+    """For resolve.py: the command line has been parsed."""
+    global _settings
+    _settings = found

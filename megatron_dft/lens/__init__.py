@@ -1,0 +1,1 @@
+"""The weight-update lens inside a run: distance from the base, the L2-SP anchor, held targets."""

@@ -1,0 +1,1 @@
+"""Stopping, committing, resuming, NaN, hangs, and the word that a run leaves at its end."""

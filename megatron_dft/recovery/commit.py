@@ -1,0 +1,143 @@
+"""A checkpoint counts only when whole: files, then manifest, then the tracker in one rename.
+
+Wraps three places of Megatron's saving (training/checkpointing.py, save_checkpoint):
+`dist_checkpointing.save`, for a clean directory before and the manifest after it; the opening of
+the tracker file, which Megatron truncates and then fills; and `save_checkpoint_and_time`, after
+which old checkpoints are deleted.
+"""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dft.compat.hooks import wrap
+from megatron_dft.recovery import manifest
+from megatron_dft.recovery.status import write_whole
+
+
+def _rank() -> int:
+    return dist.get_rank()
+
+
+def clear(directory: Path) -> None:
+    """Empty a directory that an interrupted save left behind. Collective."""
+    if _rank() == 0:
+        if any(directory.iterdir()):
+            print(f"> {directory}: an interrupted save; its files are removed", flush=True)
+            manifest.remove(directory)
+            directory.mkdir()
+    dist.barrier()
+
+
+def commit(directory: Path, run: dict[str, Any]) -> None:
+    """Hash the files of a finished save and write the manifest. Collective."""
+    mine = manifest.describe_files(directory, _rank(), dist.get_world_size())
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    if _rank() == 0:
+        manifest.write(directory, {k: v for part in parts for k, v in part.items()}, run)
+    dist.barrier()
+
+
+def delete_old(root: Path, keep: int, current: int) -> list[int]:
+    """Delete all but the newest `keep` committed checkpoints up to `current`; rank 0 calls it.
+
+    Returns the steps deleted. Directories that were never finished go too; later ones than
+    `current` (a run that was taken back to an earlier step) are not touched.
+    """
+    earlier = [i for i in manifest.iterations(root) if i < current]
+    whole = [
+        i for i in earlier if (manifest.iteration_directory(root, i) / manifest.FILE_NAME).exists()
+    ]
+    kept = set(whole[len(whole) - (keep - 1) :] if keep > 1 else [])
+    gone = [i for i in earlier if i not in kept]
+    for iteration in gone:
+        manifest.remove(manifest.iteration_directory(root, iteration))
+    return gone
+
+
+class _WholeFile(io.StringIO):
+    """Takes a file's text and writes it in one rename when it is closed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+
+    def close(self) -> None:
+        if not self.closed:
+            write_whole(self.path, self.getvalue())
+        super().close()
+
+    def __exit__(self, kind, *rest):
+        if kind is not None:
+            io.StringIO.close(self)  # the writer failed: leave the old file
+        return super().__exit__(kind, *rest)
+
+
+class _AtomicTracker:
+    """megatron.core's file layer, except that the tracker is replaced and never truncated."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "w" and Path(path).name == manifest.TRACKER:
+            return _WholeFile(path)
+        return self._layer.open(path, mode, *args, **kwargs)
+
+
+def install(run: Callable[[], dict[str, Any]], keep: int | None) -> None:
+    """Hook committing into Megatron's saving.
+
+    Args:
+        run: what the manifest says about the run, asked at each save.
+        keep: number of checkpoints to keep; None keeps all.
+    """
+    from megatron.training import get_args
+
+    def saving(original):
+        def save(state, checkpoint_dir, *args, **kwargs):
+            directory = Path(checkpoint_dir)
+            clear(directory)
+            try:
+                request = original(state, checkpoint_dir, *args, **kwargs)
+            except (Exception, CheckpointException) as error:  # the latter is a BaseException
+                # torch's words for a full disk are "unexpected pos 704 vs 598".
+                free = shutil.disk_usage(directory).free / 2**20
+                raise RuntimeError(
+                    f"--save: {directory} cannot be written, with {free:.0f} MiB free there; those "
+                    "before it are untouched"
+                ) from error
+            if request is None:
+                commit(directory, run())
+            else:
+                content = run()  # the finalizer runs when training has gone on
+                request.finalize_fns.append(lambda: commit(directory, content))
+            return request
+
+        return save
+
+    def deleting(original):
+        def save_checkpoint_and_time(iteration, *args, **kwargs):
+            original(iteration, *args, **kwargs)
+            if keep is not None and _rank() == 0:
+                gone = delete_old(Path(get_args().save), keep, iteration)
+                if gone:
+                    print(f"> checkpoints of steps {gone} are deleted (--keep-last)", flush=True)
+
+        return save_checkpoint_and_time
+
+    def replacing(original):
+        return _AtomicTracker(original)
+
+    wrap("megatron.core.dist_checkpointing:save", saving)
+    wrap("megatron.training.training:save_checkpoint_and_time", deleting)
+    wrap("megatron.training.checkpointing:maybe_msc", replacing)

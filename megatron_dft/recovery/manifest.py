@@ -1,0 +1,111 @@
+"""What a committed checkpoint directory holds: sizes and SHA-256 of its files, and whose run it is.
+
+The manifest is written last, so a directory without one was never finished. Each rank hashes the
+files that it wrote, and on loading each rank verifies its share: a checkpoint of a terabyte is read
+by all nodes at once and not by one process. Megatron's own --verify-integrity has one rank hash
+everything.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.recovery.status import write_whole
+
+FILE_NAME = "megatron_dft.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})$")
+_WRITTEN_BY = re.compile(r"__(\d+)_")
+
+
+def iteration_directory(root: Path, iteration: int) -> Path:
+    """Megatron's name for a checkpoint of `root`."""
+    return root / f"iter_{iteration:07d}"
+
+
+def iterations(root: Path) -> list[int]:
+    """Steps that have a directory, whole or not, ascending."""
+    if not root.is_dir():
+        return []
+    found = [_ITERATION.match(path.name) for path in root.iterdir() if path.is_dir()]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        # What the manifest vouches for has to be on the disk before it.
+        os.fsync(file.fileno())
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    """name → bytes and sha256 of the files that `rank` answers for.
+
+    torch_dist names a file after the rank that wrote it, whose page cache still holds it; rank 0
+    takes the files without such a name.
+    """
+    mine = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != FILE_NAME:
+            match = _WRITTEN_BY.match(path.name)
+            writer = int(match[1]) % world_size if match else 0
+            if writer == rank:
+                mine[str(path.relative_to(directory))] = _digest(path)
+    return mine
+
+
+def write(directory: Path, files: dict[str, dict[str, Any]], run: dict[str, Any]) -> None:
+    """Commit the directory."""
+    content = {"version": 1, "files": dict(sorted(files.items())), "run": run}
+    write_whole(directory / FILE_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The manifest; None where there is none.
+
+    Raises ValueError where it is not readable.
+    """
+    path = directory / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{FILE_NAME} is not readable ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError(f"{FILE_NAME} has no list of files")
+    return content
+
+
+def problems(directory: Path, content: dict[str, Any], rank: int, world_size: int) -> list[str]:
+    """What is wrong with this rank's share of the files, in words; empty where nothing is."""
+    found = []
+    for name in sorted(content["files"])[rank::world_size]:
+        path, expected = directory / name, content["files"][name]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                found.append(f"{name} has {size} bytes, not {expected['bytes']}")
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != expected["sha256"]:
+                found.append(f"{name} does not have its checksum")
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name}: {error}")
+    return found
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint directory; one that is half deleted does not count as whole."""
+    (directory / FILE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(directory)

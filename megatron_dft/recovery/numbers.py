@@ -1,0 +1,111 @@
+"""NaN or inf in a loss or a gradient: no update, and every rank stops at that step.
+
+Megatron hands each loss and each gradient bucket to its rerun state machine, which lets the first
+iteration pass unchecked and after that repeats the step, saves, and asks for a restart on another
+node. Here a bad number is noted, all ranks agree before the optimizer's step, and the run ends with
+a status of its own. --rerun-mode report_stats keeps Megatron's machine as it is.
+"""
+
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dft.compat.hooks import wrap
+from megatron_dft.recovery import exit_codes, status
+
+
+def samples_of_rank(
+    consumed: int, global_batch: int, micro_batch: int, replica: int, replicas: int
+) -> list[int]:
+    """Numbers of the samples that a data-parallel replica reads in one step.
+
+    Megatron's sampler deals the global batch out in micro-batches, round robin over replicas
+    (training/datasets/data_samplers.py, MegatronPretrainingSampler).
+    """
+    stride = micro_batch * replicas
+    return [
+        consumed + start + replica * micro_batch + i
+        for start in range(0, global_batch, stride)
+        for i in range(micro_batch)
+    ]
+
+
+class NumberCheck:
+    """What this rank found in the present step."""
+
+    def __init__(self, args: Any) -> None:
+        self.args, self.found = args, ""
+
+    def note(self, result: Any, rejected: Callable[[Any], Any], message: str) -> None:
+        """Remember the first bad result of the step."""
+        if not self.found and bool(rejected(result)):
+            self.found = message.strip() or f"unexpected result {result}"
+
+    def agree(self) -> bool:
+        """Whether any rank found something; collective, once a step."""
+        flag = torch.tensor([1 if self.found else 0], dtype=torch.int32, device="cuda")
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        bad = bool(flag.item())
+        if bad:
+            self._report()
+        return bad
+
+    def _report(self) -> None:
+        from megatron.core import mpu
+
+        args = self.args
+        step = args.curr_iteration + 1
+        if self.found:
+            samples = samples_of_rank(
+                args.consumed_train_samples,
+                args.global_batch_size,
+                args.micro_batch_size,
+                mpu.get_data_parallel_rank(),
+                mpu.get_data_parallel_world_size(),
+            )
+            print(
+                f"{socket.gethostname()}: error: rank {dist.get_rank()}, step {step}: "
+                f"{self.found}; samples {samples} (in the order of training); no weight was "
+                "changed. Look at the rows, lower --lr, or train in fp32",
+                file=sys.stderr,
+                flush=True,
+            )
+        if dist.get_rank() == 0:
+            status.record("bad-numbers", step)
+        dist.barrier()
+
+
+def install(args: Any) -> None:
+    """Take the place of the rerun machine's verdict; `args` are Megatron's."""
+    from megatron.core.rerun_state_machine import RerunMode
+
+    check = NumberCheck(args)
+
+    def replaces(machine: Any) -> bool:
+        return args.check_for_nan_in_loss_and_grad and (
+            machine.mode is not RerunMode.REPORT_DETERMINISM_STATS
+        )
+
+    def validate(original):
+        def validate_result(self, result, rejection_func, message, *rest, fatal=True, **kwargs):
+            if not (fatal and replaces(self)):
+                return original(self, result, rejection_func, message, *rest, fatal=fatal, **kwargs)
+            check.note(result, rejection_func, message)
+
+        return validate_result
+
+    def decide(original):
+        def should_checkpoint_and_exit(self):
+            if replaces(self) and check.agree():
+                return False, True, exit_codes.BAD_NUMBERS
+            return original(self)
+
+        return should_checkpoint_and_exit
+
+    owner = "megatron.core.rerun_state_machine:RerunStateMachine"
+    wrap(f"{owner}.validate_result", validate)
+    wrap(f"{owner}.should_checkpoint_and_exit", decide)

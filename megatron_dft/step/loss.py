@@ -1,0 +1,85 @@
+"""Megatron's loss function: token losses of either route in, the sum, the count and the report out.
+
+Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_dft.flags.settings import settings
+from megatron_dft.losses import registry
+from megatron_dft.losses.report import loss_report
+from megatron_dft.losses.token_stats import TokenStats
+from megatron_dft.step.batch import MicroBatch
+
+PLAIN = registry.get("sft")
+
+
+def _token_loss(
+    batch: MicroBatch, output_tensor: Tensor, found: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation."""
+    if batch.head is not None:  # route 2: the output processor has done it
+        return output_tensor, batch.head.cross_entropy, batch.head.weight
+    cross_entropy = output_tensor.float()
+    # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
+    objective = settings().objective if batch.training else PLAIN
+    stats = TokenStats(
+        log_prob=-cross_entropy, mask=batch.loss_mask, **batch.token_stats(), **found
+    )
+    loss, weight = objective(stats)
+    if batch.training and get_args().kl_coeff:
+        loss = loss + get_args().kl_coeff * torch.where(batch.loss_mask.bool(), found["kl"], 0.0)
+    return loss, cross_entropy, weight
+
+
+def loss_func(
+    batch: MicroBatch, output_tensor: Tensor, model: Any
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the objective over this rank's supervised tokens, their number, and the report.
+
+    Args:
+        output_tensor: per token, fp32 [b, s]: Megatron's cross entropy, or with --loss-chunk-size
+            the objective's loss.
+        model: the (wrapped) model chunk, with its LogitsProbe.
+
+    Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
+    forward_step_calc_loss): loss, int32 token count, name → [sum, count].
+    """
+    found = unwrap_model(model).dft_probe.take()
+    correct = found.pop("correct", None)
+    if batch.head is not None:
+        correct = batch.head.correct
+    token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, found)
+    loss = token_loss.sum()
+    _stop_on_bad_loss(loss)
+    report = loss_report(
+        settings().objective.name if batch.training else None,
+        cross_entropy,
+        token_loss,
+        weight,
+        batch.loss_mask,
+        correct,
+        found.get("kl"),
+    )
+    return loss, batch.loss_mask.sum().to(torch.int), report
+
+
+def _stop_on_bad_loss(loss: Tensor) -> None:
+    """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    machine = get_rerun_state_machine()
+    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+        machine.validate_result(
+            result=loss,
+            rejection_func=test,
+            message=f"found {word} in the local loss",
+            tolerance=0.0,
+            fatal=True,
+        )

@@ -1,0 +1,1 @@
+"""One run: command line, model with weights and hooks, data sets, what is printed and exported."""

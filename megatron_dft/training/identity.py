@@ -1,0 +1,69 @@
+"""What makes a resumed run the same run: its loss, model and tokenizer.
+
+The data has a fingerprint of its own (data/fingerprint.py).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.compat.checkpointing import checkpoint_exists
+from megatron_dft.data.reference_scores import ReferenceScores
+from megatron_dft.flags.settings import settings
+
+# Of each weight file this many blocks of this many bytes are read to tell one model from another.
+_BLOCKS, _BLOCK_BYTES = 32, 1 << 16
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# They say who wrote the file and how, not what the model is.
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
+
+
+def run_identity() -> dict[str, Any]:
+    """JSON values by the names that --allow-change takes; the same on every rank."""
+    chosen = settings()
+    identity: dict[str, Any] = {"loss": {"name": chosen.objective.name, **chosen.objective.values}}
+    if chosen.reference_scores is not None:
+        scores = ReferenceScores(chosen.reference_scores)
+        identity["loss"]["reference_scores"] = scores.header["sha256"]
+    if chosen.checkpoint is not None:
+        path = chosen.checkpoint.path
+        identity["model"] = _model(path)
+        identity["tokenizer"] = _hashes(path)
+    return json.loads(json.dumps(identity))
+
+
+def _model(directory: Path) -> dict[str, Any]:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if name not in _NOT_THE_MODEL}
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    found = {}
+    for name in _TOKENIZER_FILES:
+        if (directory / name).is_file():
+            with (directory / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return found
+
+
+def model_identity(args: Any) -> dict[str, Any]:
+    """What is scored: equal for equal weights and dtype, but for its `name`."""
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if checkpoint_exists(args.load):
+        tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+        step = args.ckpt_step or tracker.read_text().strip()
+        return {"name": args.load, "weights": f"{Path(args.load).resolve()} at {step}",
+                "dtype": dtype}  # fmt: skip
+    checkpoint = settings().checkpoint
+    assert checkpoint is not None
+    found = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    for path in sorted({info.file for info in checkpoint.tensors.values()}):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(size // _BLOCKS, 1)):
+                file.seek(place)
+                found.update(file.read(_BLOCK_BYTES))
+    revision = "" if checkpoint.revision is None else f"@{checkpoint.revision}"
+    return {"name": checkpoint.name + revision, "weights": found.hexdigest()[:32], "dtype": dtype}

@@ -1,0 +1,114 @@
+"""From a command line to Megatron's args, for every program that drives Megatron's loop.
+
+Nothing of Megatron is imported before the device is chosen: the CPU runtime has to be in place
+first. So Megatron, and what imports it, is imported inside functions here.
+"""
+
+import functools
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_dft.compat import hooks, release
+from megatron_dft.cpu import runtime
+from megatron_dft.flags.defaults import requested_device, wants_cpu
+from megatron_dft.hf.source import open_checkpoint
+from megatron_dft.recovery import status
+from megatron_dft.recovery.exit_codes import REFUSED
+
+
+def launch(
+    argv: Sequence[str] | None,
+    prepare: Callable[[Any], None],
+    work: Callable[[Any], None],
+    scoring: bool = False,
+) -> int:
+    """Resolve the flags, `prepare(args)` the data, and do `work(args)`; returns the exit status.
+
+    A user's mistake is one line on standard error (from the first rank of each node) and status 2.
+
+    Args:
+        prepare: reads the data, on the first rank of each node, before anything is written; a
+            ValueError of it is a user's mistake.
+        scoring: whether the command line is that of a scoring run.
+    """
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]
+    try:
+        args = configure(sys.argv[1:], prepare, scoring)
+    except (ValueError, AssertionError) as error:
+        # Megatron checks its own flags by assertions.
+        if _is_first_local_rank():
+            print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            status.record("refused", one_line(error))
+        return REFUSED
+    work(args)
+    return 0
+
+
+def configure(
+    argv: Sequence[str],
+    prepare: Callable[[Any], None],
+    scoring: bool = False,
+    opener: Callable[..., Any] = open_checkpoint,
+) -> Any:
+    """Megatron's args, validated, with ours; set as Megatron's global ones.
+
+    argv: for the device alone; Megatron's parser reads sys.argv. opener: opens --hf-model.
+
+    Raises ValueError or AssertionError for a user's mistake.
+    """
+    _default_environment()
+    found = release.check_release()
+    if wants_cpu(requested_device(argv)):
+        runtime.activate()
+        if os.environ["RANK"] == "0":
+            print(f"megatron_dft: running on the CPU over gloo (megatron-core {found})", flush=True)
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_dft.flags import recovery, scores
+    from megatron_dft.flags.resolve import add_arguments
+
+    hooks.check_release()
+    release.skip_built_helpers()
+    # Megatron's parse_and_validate_args with one step more: the data is read before
+    # set_global_variables opens the first file to write.
+    args = parse_args(
+        extra_args_provider=functools.partial(add_arguments, scoring=scoring, opener=opener)
+    )
+    if scoring:
+        scores.leave_out_training(args)
+    validate_args(args)
+    recovery.check(args)
+    if _is_first_local_rank():
+        prepare(args)
+    set_global_variables(args)
+    return args
+
+
+def _default_environment() -> None:
+    """What torchrun sets, for a single process without it; and what Megatron asks for."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def one_line(error: Exception) -> str:
+    """The message; for an assertion without one, the condition that Megatron asserts."""
+    if str(error):
+        return " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron requires: {frame.line} ({frame.filename}:{frame.lineno})"
+
+
+def _is_first_local_rank() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,0 +1,119 @@
+"""What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
+
+import hashlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.training import get_tensorboard_writer
+
+from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
+from megatron_dft.flags.settings import settings
+from megatron_dft.hf.card import model_card
+from megatron_dft.hf.export import save_hf
+from megatron_dft.training.model import ModelHandle
+from megatron_dft.training.progress import Progress, choose
+
+_CARD_SETTINGS = (
+    "lr",
+    "train_iters",
+    "global_batch_size",
+    "seq_length",
+    "seed",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "bf16",
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
+
+
+class Output:
+    """Hooked into Megatron's loop by `install`; `finish` is called when training has ended."""
+
+    def __init__(self, args: Any, handle: ModelHandle) -> None:
+        self.args, self.handle = args, handle
+        self.progress: Progress | None = None
+        self.losses: dict[str, Any] = {}
+
+    def install(self) -> None:
+        """Hook the progress line and the exports into the training loop."""
+        on_training_log(self._log)
+        after_training_step(self._after_step)
+
+    def finish(self) -> None:
+        """The export at the end of training."""
+        if self.args.save_hf is not None:
+            self.export(Path(self.args.save_hf))
+
+    def _log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        self.handle.lens.targets.before_log(losses)
+        if self.progress is None:
+            # One-time set-up here: the global batch and the writers exist only inside the loop.
+            args = self.args
+            micro_batches = args.global_batch_size // args.micro_batch_size
+            self.progress = Progress(
+                choose(args.progress),
+                dist.get_rank() == dist.get_world_size() - 1,
+                micro_batches * args.context_parallel_size,
+                args.train_iters,
+                args.log_interval,
+                get_tensorboard_writer(),
+            )
+        self.progress.log(losses, call)
+        # As they are: reading them here would wait for the device in every step.
+        self.losses = losses
+
+    def _after_step(self, chunks: list[Any], iteration: int) -> None:
+        self.handle.lens.after_step(chunks, iteration)
+        interval = self.args.save_hf_interval
+        if interval and iteration % interval == 0 and iteration < self.args.train_iters:
+            self.export(Path(f"{self.args.save_hf}-step-{iteration}"))
+
+    def export(self, directory: Path) -> None:
+        """Write the model as a Hugging Face checkpoint. Collective over all ranks."""
+        checkpoint = settings().checkpoint
+        assert checkpoint is not None
+        sync_parameters(self.handle.chunks, self.args)
+        # The figures are known to the last pipeline stage; the first rank writes the card.
+        metrics: list[Any] = [{name: float(value) for name, value in self.losses.items()}]
+        dist.broadcast_object_list(metrics, src=dist.get_world_size() - 1)
+        name = self.args.save_hf_dtype
+        path = save_hf(
+            self.handle.chunks,
+            checkpoint,
+            directory,
+            dtype=getattr(torch, name) if name else None,
+            overwrite=self.args.overwrite,
+            card=self._card(metrics[0]) if dist.get_rank() == 0 else None,
+        )
+        if dist.get_rank() == 0:
+            print(f"> Hugging Face checkpoint: {path}", flush=True)
+
+    def _card(self, metrics: dict[str, float]) -> str:
+        checkpoint, objective = settings().checkpoint, settings().objective
+        assert checkpoint is not None
+        chosen = {name: getattr(self.args, name) for name in _CARD_SETTINGS}
+        return model_card(
+            checkpoint,
+            objective=objective.name,
+            parameters={**objective.values, **chosen},
+            data={name: _sha256(name) for name in self.args.train_data or ()},
+            metrics=metrics,
+            command=shlex.join(sys.argv),
+        )
+
+
+def _sha256(source: str) -> str:
+    path = Path(source.split(":", 1)[-1])
+    if not path.is_file():
+        return "not one file"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
