@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.compat import safe_load
 from megatron_dft.hf import directory
 from megatron_dft.hf.compare import compare_bytes
 from megatron_dft.hf.consumption import check_finite
@@ -76,6 +77,7 @@ def check_training(wanted: str, checkpoint: HFCheckpoint) -> None:
 
 
 def _auto_bridge() -> Any:
+    safe_load.install()  # it reads torch_dist through Megatron
     try:
         return importlib.import_module("megatron.bridge").AutoBridge
     except Exception as error:  # it imports transformer-engine and half of the ecosystem

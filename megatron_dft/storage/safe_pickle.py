@@ -58,10 +58,15 @@ _STAND_INS = ("torch.distributed.", "megatron.", "nvidia_resiliency_ext.", "mode
 _CAREFUL_BYTES = 4 * 2**20
 
 
-class _Inert:
-    """Takes the place of a class; takes whatever a pickle does to its instances."""
+def is_class_name(name: str) -> bool:
+    """Whether a name can be a class's: no function's, and no dots, which reach into imports."""
+    return name.isidentifier() and name.lstrip("_")[:1].isupper()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+
+class Inert:
+    """Stands in for a class; takes whatever a pickle does to its instances, and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,9 +97,9 @@ class _Rules:
             return _KNOWN[module, name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        if not module.startswith(_STAND_INS):
+        if not (module.startswith(_STAND_INS) and is_class_name(name)):
             self.foreign.append(f"{module}.{name}")
-        return _Inert
+        return Inert
 
 
 class _Careful(_Rules, pickle._Unpickler):
