@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.cache import write_atomically
+from megatron_dft.storage.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _FLAGS = {
 
 def record(directory: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
     """Writes a data set's `identity` into a checkpoint directory; the file is whole or absent."""
-    write_atomically(Path(directory) / FILE_NAME, json.dumps(identity, indent=1))
+    write_whole(Path(directory) / FILE_NAME, json.dumps(identity, indent=1))
 
 
 def check_resume(

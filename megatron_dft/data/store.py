@@ -26,6 +26,7 @@ import numpy as np
 
 from megatron_dft.data.cache import partial_path
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.storage.files import write_whole
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
 VERSION = 1
@@ -147,10 +148,7 @@ class StoreWriter:
             "counts": sum_counts(self._counts),
             "bytes": {n: (self._partial / n).stat().st_size for n in _ARRAYS},
         }
-        with open(self._partial / "meta.json", "w", encoding="utf-8") as text:
-            json.dump(meta, text)
-            text.flush()
-            os.fsync(text.fileno())
+        write_whole(self._partial / "meta.json", json.dumps(meta))
         try:
             os.rename(self._partial, self._final)
         except OSError:
