@@ -203,10 +203,10 @@ def _check_sources(args: argparse.Namespace, checkpoint: HFCheckpoint | None) ->
         )
     if not args.train_data and not args.skip_train:
         raise ValueError("--train-data: expected at least one file of conversations, got none")
-    if args.eval_iters and not args.valid_data:
+    if args.eval_iters and not args.valid_data and not args.valid_share:
         raise ValueError(
             f"--eval-iters {args.eval_iters}: needs --valid-data, "
-            "got none; give it or drop the flag"
+            "got none; give it (or --valid-share) or drop the flag"
         )
 
 

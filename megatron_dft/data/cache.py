@@ -19,7 +19,7 @@ from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
 
 # Raise it whenever the same rows would give other tokens or masks.
-VERSION = 1
+VERSION = 2
 # A file changed this recently may change again within its timestamp's resolution.
 _SETTLED_SECONDS = 2.0
 
@@ -45,6 +45,7 @@ def store_parts(
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
+        "chat_drops": spec.drops,
     }
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_dft.data.schema import RowError
+from megatron_dft.data.conversation import RowError
 
 _SPACE = " \t\r\n"
 _READ_BYTES = 1 << 20

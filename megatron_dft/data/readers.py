@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from megatron_dft.data.conversation import RowError
 from megatron_dft.data.json_array import iterate_array
-from megatron_dft.data.schema import RowError
 from megatron_dft.data.sources import PARQUET, Source
 
 # A longer line is no conversation (16 MiB of text is four million tokens): it is skipped unread.

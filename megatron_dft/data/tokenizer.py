@@ -65,6 +65,7 @@ def encoder_spec(
     template_args: Mapping[str, Any] | None = None,
     template_date: str | None = None,
     rewrites: str = "per-turn",
+    drops: str = "refuse",
 ) -> EncoderSpec:
     """What the tokenising workers need of a transformers fast tokenizer.
 
@@ -89,6 +90,7 @@ def encoder_spec(
         variables=variables,
         date=template_date,
         rewrites=rewrites,
+        drops=drops,
     )
 
 
@@ -103,10 +105,13 @@ def _bare(tokenizer_json: str) -> str:
     return json.dumps(layout, ensure_ascii=False)
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills unused positions. Masks never look at it, so it may be eos's."""
+def pad_token_id(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """The id that fills unused positions. Masks never look at it, so it may be eos's.
+
+    vocab_size: rows of the embedding, where a pad token that was added later has none.
+    """
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
+        if value is not None and (vocab_size is None or int(value) < vocab_size):
             return int(value)
     return 0
 
