@@ -16,7 +16,7 @@ from megatron_dft.data.tokenizer import load_tokenizer
 def build(
     args: Any, flag: str, num_samples: int | None, shuffle: bool, progress: bool = False
 ) -> ChatDataset:
-    """The data set of `flag`: --train-data, --valid-data or --valid-share, under the run's flags."""
+    """The data set of --train-data, --valid-data or --valid-share (`flag`)."""
     checkpoint = settings().checkpoint
     assert checkpoint is not None
     tokenizer = load_tokenizer(
