@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.readers import open_dataset
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.tables import open_dataset
 
 # Raise it whenever the same rows would give other tokens or masks.
 VERSION = 2

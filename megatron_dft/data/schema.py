@@ -169,6 +169,7 @@ def _parse_prompt_completion(row: Mapping[str, Any], weight: float) -> Conversat
         found = conversation([*before, *completion], tools_of(row), weight)
         # The prompt's own assistant turns are context: only the completion trains.
         found.trained = [i for i in found.trained if i >= len(before)]
+        found.weights = {i: w for i, w in found.weights.items() if i >= len(before)}
         if not found.trained:
             raise RowError("the completion has no assistant turn that trains")
         return found

@@ -132,8 +132,9 @@ class ChatTemplate:
         self.has_marks = all(_GENERATION_TAG.search(s) for s in templates.values())
 
     def mentions(self, name: str) -> bool:
-        """Whether the template's source holds this name, so that it may read a key of it."""
-        return name in self._sources
+        """Whether the template's source reads a key of this name from something."""
+        escaped = re.escape(name)
+        return bool(re.search(rf"""\.\s*{escaped}\b|['"]{escaped}['"]""", self._sources))
 
     def _strftime_now(self, pattern: str) -> str:
         if self._date is None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dft.data.batches import RowBatch, Unreadable
 from megatron_dft.data.chat_mask import Rendered
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.encode import ChatEncoder, Encoded
-from megatron_dft.data.readers import RowBatch, Unreadable
 from megatron_dft.data.row_values import shown
 from megatron_dft.data.schema import NothingToTrain, parse_row
 from megatron_dft.data.spec import SUPERVISED

@@ -31,6 +31,8 @@ def _listed(value: Any, name: str) -> list[Any]:
         value = decode_json(value, f'"{name}"') if value.strip() else None
     if value is None:
         return []
+    if isinstance(value, list):
+        value = [decode_json(t, f'"{name}"') if isinstance(t, str) else t for t in value]
     if not isinstance(value, list) or not all(isinstance(t, Mapping) for t in value):
         raise RowError(f'"{name}" must be a list of JSON schemas')
     return list(value)
