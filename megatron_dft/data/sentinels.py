@@ -17,28 +17,30 @@ from megatron_dft.data.template import REASONING_NAMES, TemplateError
 # Renders (messages, tools) to the text of all samples together.
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any] | None], str]
 _KEPT_SHAPES = 4096
+_EMPTY: tuple[Any, ...] = (None, "", {})
 
 
 def shape(conversation: Conversation) -> tuple[Any, ...]:
     """Equal for conversations whose texts alone differ."""
     last, trained = conversation.trained[-1], set(conversation.trained)
     return (
-        conversation.tools is not None,
-        *(
-            m["role"] if len(m) == 2 and m["content"] and i not in trained else _form(m, i, trained)
-            for i, m in enumerate(conversation.messages[: last + 1])
-        ),
+        len(conversation.tools or ()),
+        *(_form(m, i in trained) for i, m in enumerate(conversation.messages[: last + 1])),
     )
 
 
-def _form(message: Mapping[str, Any], index: int, trained: set[int]) -> tuple[Any, ...]:
+def _form(message: Mapping[str, Any], trains: bool) -> Any:
     content = message.get("content", ...)
-    blank = content.strip() == "" if isinstance(content, str) else content
-    calls = [
-        type(_function(call).get("arguments", ...)).__name__
-        for call in message.get("tool_calls", ())
-    ]
-    return (message["role"], blank, index in trained, *message, *calls)
+    if isinstance(content, str):
+        content = not content or content.isspace()
+    if len(message) == 2 and content is False:
+        return "trained" if trains else message["role"]
+    thinks = any(message.get(name, "").strip() for name in REASONING_NAMES)
+    calls = []
+    for call in message.get("tool_calls", ()):
+        arguments = _function(call).get("arguments")
+        calls.append((type(arguments).__name__, arguments in _EMPTY))
+    return (message["role"], content, trains, thinks, *message, *calls)
 
 
 class Expected(NamedTuple):
@@ -88,7 +90,7 @@ class Sentinels:
         function = dict(_function(call))
         function["name"] = self._expect(f"Zq{index}n{number}z", what, index)
         arguments = function.get("arguments")
-        if arguments not in (None, "", {}):
+        if arguments not in _EMPTY:
             word = self._expect(f"Zq{index}a{number}z", f"the arguments of {what}", index)
             if isinstance(arguments, str):
                 function["arguments"] = '{"Zqkey": "' + word + '"}'
