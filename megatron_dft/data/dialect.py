@@ -97,7 +97,7 @@ class Dialect:
             invented = any(text.count(word) > usual.count(word) for word in ("None", "null"))
             if _whole(text) and not invented:
                 return form
-        return forms[0]
+        return ""  # no call is printed at all, which the search for dropped parts says better
 
     def _try(self, arguments: Any, content: str | None) -> str:
         """A conversation with one call as text; "" where the template refuses it."""
