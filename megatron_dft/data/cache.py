@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.readers import open_dataset
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.tables import open_dataset
 from megatron_dft.storage.files import sha256_of_file, write_whole
 
 # Raise it whenever the same rows would give other tokens or masks.
-VERSION = 1
+VERSION = 2
 # A file changed this recently may change again within its timestamp's resolution.
 _SETTLED_SECONDS = 2.0
 
@@ -46,6 +46,7 @@ def store_parts(
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
+        "chat_drops": spec.drops,
     }
 
 

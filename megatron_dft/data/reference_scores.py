@@ -41,6 +41,7 @@ def data_identity(conversations: Conversations, identity: Mapping[str, Any]) -> 
         "cut": conversations.digest(),
         "seq_length": identity["seq_length"],
         "overlong": identity["overlong"],
+        "valid_share": identity.get("valid_share", 0),
     }
 
 
@@ -50,6 +51,7 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     if not found and saved["cut"] != current["cut"]:
         was, now = (
             f"--seq-length {d['seq_length']} with --overlong {d['overlong']}"
+            f" and --valid-share {d.get('valid_share', 0):g}"
             for d in (saved, current)
         )
         found.append(f"other conversations are left out or cut: was {was}, is {now}")

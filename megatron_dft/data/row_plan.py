@@ -99,6 +99,10 @@ class RowPlan:
     def most_members(self) -> int:
         return max(p.most_members() for p in self._epochs)
 
+    def source_counts(self) -> list[int]:
+        """Conversations that each source gives to an epoch."""
+        return self._order.counts()
+
     def efficiency(self) -> float:
         """Share of the first epoch's positions that hold a conversation's tokens."""
         packs = self._epochs[0]
