@@ -99,7 +99,7 @@ def _chunk_statistics(logits: Tensor, target: Tensor, head: Head) -> Finished:
         packed[:, part] = shard_statistics(
             logits[part], target[part], head.vocab_start, head.want, scratch
         )
-    return finish(merge(packed.unsqueeze(0), head.want), head.want)
+    return finish(merge(packed.unsqueeze(0), head.want), target, head.want)
 
 
 def _logit_gradient_(
@@ -114,7 +114,7 @@ def _logit_gradient_(
 
 class LinearLoss(torch.autograd.Function):
     """(hidden [T, h], weight, target [T], Head, Objective, per-token fields) → loss [T] and the
-    constants weight [T], log p [T] and whether no token is likelier [T]."""
+    constants weight [T], log p [T] and whether it is greedy decoding's choice [T]."""
 
     @staticmethod
     def forward(

@@ -42,8 +42,8 @@ class LinearHeadOutput(NamedTuple):
     """[b, s] or [T] like the labels, fp32 (fp64 for fp64 hidden states), 0 where not supervised.
 
     loss: per token, not reduced, differentiable. weight: detached ∂loss/∂(−log p). log_prob:
-    detached log p of the target; −log_prob is the plain cross entropy. is_top1: bool, whether no
-    token is likelier than the target; its mean over supervised tokens is the accuracy.
+    detached log p of the target; −log_prob is the plain cross entropy. is_top1: bool, whether
+    greedy decoding takes the target; its mean over supervised tokens is the accuracy.
     """
 
     loss: Tensor

@@ -101,7 +101,8 @@ def linear_statistics(
         none = torch.empty(tokens, 0, dtype=statistics_dtype(hidden_nh), device=empty.device)
         parts.append(shard_statistics(empty, target_n, head.vocab_start, head.want, none))
     local = merge(torch.stack(parts), head.want)
-    return finish(merge(gather_statistics(local, head.group), head.want), head.want)
+    gathered = gather_statistics(local, head.group)
+    return finish(merge(gathered, head.want), target_n, head.want)
 
 
 def linear_gradients(
