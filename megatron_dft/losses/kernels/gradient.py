@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dft.losses.kernels.tiles import LOG2E, LOWEST, blocks, device_of, load, wide
+from megatron_dft.losses.kernels.tiles import LOG2E, LOWEST, blocks, device_of, load
 from megatron_dft.losses.vocab_statistics import Wanted
 
-ACCESSES = 4  # of 16 bytes, by each thread
+# Four accesses of 16 bytes by each of 256 threads.
+BLOCK_BYTES = 16384
 WARPS = 8
 
 
@@ -52,15 +53,16 @@ def gradient_kernel(
     SOURCE: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr,
     Z_UNIT: tl.constexpr, R_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and BLOCK columns; row i of `out` is the gradient of row source[i] of z."""
+    """One program a row and BLOCK columns; row i of `out` is from row source[i] of z and r."""
     program = tl.program_id(0)
     row = (program // programs).to(tl.int64)
     start = (program % programs) * BLOCK
     columns = start + tl.arange(0, BLOCK)
     out += row * out_row
     into = out + columns if OUT_UNIT else out + columns.to(tl.int64) * out_col
+    source_row = row
     if SOURCE:
-        row = tl.load(source + row)
+        source_row = tl.load(source + row)
     wanted = tl.load(target + row)
     skipped = False
     if SKIP:
@@ -68,10 +70,10 @@ def gradient_kernel(
     if skipped:
         tl.store(into, tl.zeros([BLOCK], out.dtype.element_ty), mask=columns < width)
     else:
-        z += row * z_row
-        r += row * r_row
+        z += source_row * z_row
+        r += source_row * r_row
         stats += row
-        column = wanted - vocab_start
+        column = (wanted - vocab_start).to(tl.int32)
         column = tl.where((column >= 0) & (column < vocab), column, -1)
         M = tl.load(stats)
         S = tl.load(stats + stats_row)
@@ -130,20 +132,19 @@ def gradient_(
     exact_n: Tensor | None = None,
     source_n: Tensor | None = None,
     ignore_index: int | None = None,
-    block: int | None = None,
 ) -> None:
     """Write the gradient of the logits into `out_nW`, which may be where the logits are.
 
     `stats_Cn`: of merge.finish. Columns from V on become 0, rows whose target is `ignore_index`
-    too. `source_n` int64: row i of the result is that of logits row source_n[i]; in place no row
-    may be read that another program writes. A second use of overwritten logits in a backward fails.
+    too. `source_n` int64: the logits of row i are row source_n[i]; in place no row may be read that
+    another program writes. A second use of overwritten logits in a backward fails.
     """
     rows, vocab = len(out_nW), logits_nV.shape[1]
     width = out_nW.shape[1]
     if not rows or not width:
         return
     reference = logits_nV if reference_nV is None else reference_nV
-    block = block or ACCESSES * wide(logits_nV) * 32 * WARPS
+    block = BLOCK_BYTES // logits_nV.element_size()
     programs = blocks(width, block)
     place = want.rows()
     with device_of(out_nW):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dft.losses.kernels.statistics import BLOCK, WARPS, parts_of
+from megatron_dft.losses.kernels import statistics
 from megatron_dft.losses.kernels.tiles import INFINITY, NO_COLUMN, blocks, device_of, load, wide
 
 
@@ -48,7 +48,7 @@ def likeliest_kernel(
     columns = (part * part_size + (lane - part * LANES) * WIDE)[:, None] + within[None, :]
     x = load(z, columns, z_col, end[:, None], UNIT, True).to(tl.float32)
     if EXACT:
-        at_target = (columns == wanted - vocab_start) & (columns < end[:, None])
+        at_target = (columns == (wanted - vocab_start).to(tl.int32)) & (columns < end[:, None])
         x = tl.where(at_target, tl.load(exact + row), x)
     for i in range(TOP):
         best = tl.max(tl.max(x, axis=1), axis=0)
@@ -68,14 +68,13 @@ def likeliest(
     *,
     exact_n: Tensor | None,
     ignore_index: int | None,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(k largest logits [k, n] fp32, their columns [k, n] int64, −1 for none) of this shard; the
     lanes and the other arguments as in `part_statistics`. Ignored rows hold anything."""
     rows, vocab = logits_nV.shape
-    block = block or BLOCK
+    block = statistics.BLOCK
     per_access = wide(logits_nV)
-    parts, size = parts_of(rows, vocab, block, True)
+    _, size = statistics.parts_of(rows, vocab, True)
     out = torch.empty(top_k, rows, dtype=torch.float32, device=logits_nV.device)
     found = torch.empty(top_k, rows, dtype=torch.int64, device=logits_nV.device)
     if not rows:
@@ -89,6 +88,6 @@ def likeliest(
             UNIT=logits_nV.stride(1) == 1, SKIP=ignore_index is not None,
             LANES=block // per_access, WIDE=per_access,
             ALL=triton.next_power_of_2(lanes.shape[1]),
-            DEEP=triton.next_power_of_2(blocks(size, block)) * per_access, num_warps=WARPS,
+            DEEP=triton.next_power_of_2(blocks(size, block)) * per_access, num_warps=statistics.WARPS,
         )  # fmt: skip
     return out, found

@@ -18,7 +18,6 @@ def statistics_of_shard(
     reference_nV: Tensor | None = None,
     exact_n: Tensor | None = None,
     ignore_index: int | None = None,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(parts [S, C, n], the k largest logits [k, n], their columns [k, n]): the last two where top k
     is wanted, S is 1 then. Arguments as in `part_statistics`; V may be 0."""
@@ -29,7 +28,7 @@ def statistics_of_shard(
         top = empty[want.rows()["top"]] if want.top_k else None
         found = None if top is None else torch.full_like(top, -1, dtype=torch.int64)
         return empty.unsqueeze(0), top, found
-    given = {"exact_n": exact_n, "ignore_index": ignore_index, "block": block}
+    given = {"exact_n": exact_n, "ignore_index": ignore_index}
     parts, lanes = part_statistics(
         logits_nV, target_n, vocab_start, want, reference_nV=reference_nV, **given
     )

@@ -24,7 +24,7 @@ from megatron_dft.losses.kernels.tiles import (
 )
 from megatron_dft.losses.vocab_statistics import Wanted
 
-BLOCK = 4096
+BLOCK = 4096  # logits of a tile
 WARPS = 8
 # Enough programs for every processor of a GPU to hold several.
 PROGRAMS = 2048
@@ -102,7 +102,7 @@ def statistics_kernel(
     BLOCK: tl.constexpr = LANES * WIDE
     begin = part * part_size
     end = tl.minimum(begin + part_size, vocab)
-    column = wanted - vocab_start
+    column = (wanted - vocab_start).to(tl.int32)
     held = (column >= begin) & (column < end)
     chosen = tl.load(
         z + tl.where(held, column, 0).to(tl.int64) * z_col, mask=held, other=float("nan")
@@ -178,14 +178,14 @@ def statistics_kernel(
         tl.store(lanes + (row * parts + part) * LANES + tl.arange(0, LANES), m)
 
 
-def parts_of(rows: int, vocab: int, block: int, searched: bool) -> tuple[int, int]:
+def parts_of(rows: int, vocab: int, searched: bool) -> tuple[int, int]:
     """(number of parts of a row, columns of one): several where rows are few, and few tiles in each
     where the lanes are to be searched."""
-    tiles = blocks(vocab, block)
+    tiles = blocks(vocab, BLOCK)
     parts = min(tiles, blocks(PROGRAMS, max(rows, 1)))
     if searched:
         parts = max(parts, blocks(tiles, SEARCHED_TILES))
-    size = blocks(tiles, parts) * block
+    size = blocks(tiles, parts) * BLOCK
     return blocks(vocab, size), size
 
 
@@ -198,7 +198,6 @@ def part_statistics(
     reference_nV: Tensor | None = None,
     exact_n: Tensor | None = None,
     ignore_index: int | None = None,
-    block: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(statistics [P, C, n] of P parts of the shard, lane maxima [n, P · lanes] where top k is wanted).
 
@@ -207,14 +206,13 @@ def part_statistics(
     are left to likeliest.py.
     """
     rows, vocab = logits_nV.shape
-    block = block or BLOCK
-    parts, size = parts_of(rows, vocab, block, bool(want.top_k))
+    parts, size = parts_of(rows, vocab, bool(want.top_k))
     out = torch.empty(parts, want.count, rows, dtype=torch.float32, device=logits_nV.device)
     per_access = wide(logits_nV)
     lanes = None
     if want.top_k:
         lanes = torch.empty(
-            rows, parts * (block // per_access), dtype=torch.float32, device=out.device
+            rows, parts * (BLOCK // per_access), dtype=torch.float32, device=out.device
         )
     reference = logits_nV if reference_nV is None else reference_nV
     if not rows:
@@ -227,6 +225,6 @@ def part_statistics(
             ENTROPY=want.entropy, SQUARES=want.sum_sq_prob, KL=want.kl, TOP=want.top_k,
             EXACT=exact_n is not None, Z_UNIT=logits_nV.stride(1) == 1,
             R_UNIT=reference.stride(1) == 1, SKIP=ignore_index is not None,
-            LANES=block // per_access, WIDE=per_access, num_warps=WARPS,
+            LANES=BLOCK // per_access, WIDE=per_access, num_warps=WARPS,
         )  # fmt: skip
     return out, lanes
