@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Triton's own functions take their interpreted form only if asked to when they are imported;
     # a rank that sets the variable again runs our kernels on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: E402, F401
+    import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -41,6 +41,7 @@ WANTED = {
     "entropy, Σp²": Wanted(entropy=True, sum_sq_prob=True),
     "KL": Wanted(kl=True),
 }
+TOP = Wanted(top_k=20)
 
 
 class Case(NamedTuple):
@@ -84,9 +85,8 @@ def cases(tokens: int, vocab: int, hidden: int) -> Iterator[Case]:
                         given[0], *given, s, u, **o
                     ),
                 )
-        top = Wanted(top_k=20)
-        yield Case(f"K1 top 20, {name}", size, lambda z=z: part_statistics(z, target, 0, top))
-        lanes = part_statistics(z, target, 0, top)[1]
+        yield Case(f"K1 top 20, {name}", size, lambda z=z: part_statistics(z, target, 0, TOP))
+        lanes = part_statistics(z, target, 0, TOP)[1]
         yield Case(
             f"likeliest, {name}",
             0.0,

@@ -140,7 +140,7 @@ class LogitGradient:
 
 
 def top_term(done: Finished, top_logits_kT: Tensor, g_top_T: Tensor) -> Tensor:
-    """−g_T p̃ (log p̃ + H̃) [k, T] of a shard's k largest logits, as if all were among the k likeliest."""
+    """−g_T p̃ (log p̃ + H̃) [k, T] of a shard's k largest logits, were all among the k likeliest."""
     assert done.top_prob is not None and done.entropy_top is not None
     # The likeliest token's p̃ is e^0 / Σ.
     log_prob = (top_logits_kT - done.maximum + done.top_prob[0].log()).clamp(min=LOWEST)

@@ -140,9 +140,7 @@ def _statistics(dtype) -> tuple:
         vocab_start=start,
     )
     values = [getattr(found, name) for name in NAMES]
-    each = [
-        torch.autograd.grad(v, logits, case["upstream"], retain_graph=True)[0] for v in values
-    ]
+    each = [torch.autograd.grad(v, logits, case["upstream"], retain_graph=True)[0] for v in values]
     (total,) = torch.autograd.grad(values, logits, [case["upstream"]] * len(values))
     return [v.detach() for v in values], each, total, dict(calls), found.is_top1
 
@@ -189,9 +187,7 @@ def _ties() -> tuple:
     logits[4, 50:] = 2.0
     target = torch.tensor([3, 60, 20, 22, 50])
     start = BORDERS[dist.get_world_size()][dist.get_rank()]
-    found = vocab_parallel_statistics(
-        _shard(logits), target, dist.group.WORLD, vocab_start=start
-    )
+    found = vocab_parallel_statistics(_shard(logits), target, dist.group.WORLD, vocab_start=start)
     return found.is_top1.tolist(), found.log_prob
 
 
@@ -204,7 +200,7 @@ def test_ties_go_to_the_first_token_as_in_greedy_decoding(world_size):
 
 
 def _shapes() -> None:
-    """Layouts, padding, no token, a target that no shard holds, one backward of overwritten logits."""
+    """Layouts, padding, no token, a target that no shard holds, overwritten logits."""
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(3, 4, VOCAB, generator=generator)
     target = torch.randint(VOCAB, (3, 4), generator=generator)

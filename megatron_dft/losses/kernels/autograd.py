@@ -43,8 +43,14 @@ class KernelStatistics(torch.autograd.Function):
         ctx.call, ctx.target = call, target
         ctx.save_for_backward(logits_TV, reference_TV)
         ctx.mark_non_differentiable(done.is_top1)
-        values = (done.log_prob, done.is_top1, done.entropy, done.entropy_top)
-        values = (*values, done.sum_sq_prob, done.kl)
+        values = (
+            done.log_prob,
+            done.is_top1,
+            done.entropy,
+            done.entropy_top,
+            done.sum_sq_prob,
+            done.kl,
+        )
         # Copies: the rows that K2 reads may not change under a caller's hands.
         return tuple(v if v is None or v is done.is_top1 else v.clone() for v in values)
 

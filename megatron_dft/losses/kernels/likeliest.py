@@ -88,6 +88,7 @@ def likeliest(
             UNIT=logits_nV.stride(1) == 1, SKIP=ignore_index is not None,
             LANES=block // per_access, WIDE=per_access,
             ALL=triton.next_power_of_2(lanes.shape[1]),
-            DEEP=triton.next_power_of_2(blocks(size, block)) * per_access, num_warps=statistics.WARPS,
+            DEEP=triton.next_power_of_2(blocks(size, block)) * per_access,
+            num_warps=statistics.WARPS,
         )  # fmt: skip
     return out, found

@@ -45,7 +45,8 @@ def merge_kernel(
             highest_r = tl.maximum(highest_r, tl.load(part + R * rows, mask=inside, other=0.0))
         part += C * rows
     zero = tl.zeros([ROWS], tl.float32)
-    sum_exp, found, held, z_exp, squares, sum_exp_r, cross = zero, zero, zero, zero, zero, zero, zero
+    sum_exp, found, held = zero, zero, zero
+    z_exp, squares, sum_exp_r, cross = zero, zero, zero, zero
     argmax = tl.full([ROWS], INFINITY, tl.float32)
     part = parts + row
     for _ in range(count):

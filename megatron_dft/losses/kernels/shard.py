@@ -1,4 +1,6 @@
-"""Statistics of one shard's logits: K1, and the search for the k likeliest where they are wanted."""
+"""Statistics of one shard's logits: K1, and the search for the k likeliest where asked for."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,8 @@ def statistics_of_shard(
     exact_n: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(parts [S, C, n], the k largest logits [k, n], their columns [k, n]): the last two where top k
-    is wanted, S is 1 then. Arguments as in `part_statistics`; V may be 0."""
+    """(parts [S, C, n], the k largest logits [k, n], their columns [k, n]): the last two where the
+    top k are wanted, S is 1 then. Arguments as in `part_statistics`; V may be 0."""
     rows, vocab = logits_nV.shape
     if vocab == 0:
         none = torch.empty(rows, 0, dtype=torch.float32, device=logits_nV.device)
@@ -28,7 +30,7 @@ def statistics_of_shard(
         top = empty[want.rows()["top"]] if want.top_k else None
         found = None if top is None else torch.full_like(top, -1, dtype=torch.int64)
         return empty.unsqueeze(0), top, found
-    given = {"exact_n": exact_n, "ignore_index": ignore_index}
+    given: dict[str, Any] = {"exact_n": exact_n, "ignore_index": ignore_index}
     parts, lanes = part_statistics(
         logits_nV, target_n, vocab_start, want, reference_nV=reference_nV, **given
     )

@@ -199,7 +199,7 @@ def part_statistics(
     exact_n: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(statistics [P, C, n] of P parts of the shard, lane maxima [n, P · lanes] where top k is wanted).
+    """(statistics [P, C, n] of P parts of a row, lane maxima [n, P · lanes] if top k is wanted).
 
     `exact_n` fp32: the target's logit, in place of the stored one wherever this shard holds it.
     Rows whose target is `ignore_index` are not read, nor written. V is at least 1. The rows `top`
