@@ -7,12 +7,13 @@ from tests.ranks import run_ranks
 
 
 def _with_small_tiles(function: Callable[..., Any], block: int, programs: int, *args: Any) -> Any:
-    from megatron_dft.losses.kernels import gradient, statistics
+    from megatron_dft.losses.kernels import gradient, keep, statistics
 
     # Small vocabularies then have several tiles, parts and programs, with an odd rest.
     statistics.BLOCK, statistics.PROGRAMS = block, programs
     statistics.SEARCHED_TILES = 2
     gradient.BLOCK_BYTES = 2 * block
+    keep.ALIGNED = 8
     return function(*args)
 
 

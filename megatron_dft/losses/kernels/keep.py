@@ -101,9 +101,8 @@ class KeptStatistics(torch.autograd.Function):
             torch.mm(hidden, weight_Vh[block].t(), out=z)
             seen = None
             if reference is not None:
-                seen = reference.block(
-                    block, None if seen_room is None else seen_room(tokens, block)
-                )
+                into = None if seen_room is None else seen_room(tokens, block)
+                seen = reference.block(block, into)
             real = _real(head, block)
             parts, _, _ = statistics_of_shard(
                 z[:, :real],

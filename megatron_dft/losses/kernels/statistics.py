@@ -109,6 +109,8 @@ def statistics_kernel(
     ).to(tl.float32)
     if EXACT:
         chosen = tl.where(held, tl.load(exact + row), float("nan"))
+    # Another part's column may lie in the masked end of this one's last tile.
+    column = tl.where(held, column, -1)
 
     m = tl.full([LANES], -INFINITY, tl.float32)
     s = tl.zeros([LANES], tl.float32)
