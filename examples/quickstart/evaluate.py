@@ -109,7 +109,9 @@ def evaluate(model_dir: str, data: Path, batch_size: int, most: int, workers: in
     # Processes of one thread share out the problems: a decoding step is too small for two threads.
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     _inherited = (model, tokenizer, batch_size, most)
     rows = read_messages(data)
     # Unlike multiprocessing's own pool, this one fails where a worker is killed for memory.

@@ -14,7 +14,9 @@ def load(directory: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_dft.commands.conversion import add_source_arguments, bar, compare_logits, quiet
 from megatron_dft.hf import bridge
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.lock import held
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
 
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()
+    with held("OUT", args.out, beside=True):
+        return _export(args)
+
+
+def _export(args: argparse.Namespace) -> int:
     import torch
 
     from megatron_dft.hf.card import model_card

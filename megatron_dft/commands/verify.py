@@ -71,7 +71,9 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
 def _transformers_logits(hf_directory: str, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
     with torch.no_grad():
         return model(ids).logits
 

@@ -16,6 +16,7 @@ WRAPPED: dict[str, str] = {
     f"{_TRAINING}:post_training_step_callbacks": "exports and the lens after a step",
     f"{_TRAINING}:get_megatron_optimizer": "the L2-SP anchor takes the optimizer's weights",
     f"{_TRAINING}:setup_model_and_optimizer": "the checkpoint is chosen before the model is built",
+    f"{_TRAINING}:load_checkpoint": "a step that fails to load gives way to the one before",
     f"{_TRAINING}:build_pretraining_data_loader": "a finished run has no row left to load",
     f"{_TRAINING}:checkpoint_and_decide_exit": "a save and a step are progress to the watchdog",
     f"{_TRAINING}:save_checkpoint_and_time": "--keep-last deletes after a save",

@@ -36,7 +36,8 @@ _TENSOR_COLUMNS = (
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: a report cut by a full disk must not look like one."""
     temporary = path.with_name(path.name + ".partial")
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # A path that is not UTF-8 holds lone surrogates.
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     temporary.write_bytes(data)
     os.replace(temporary, path)
 

@@ -46,7 +46,12 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
+            str(path),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # A config.json may name attention kernels of a hub, which would be fetched and run.
+            attn_implementation="sdpa",
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

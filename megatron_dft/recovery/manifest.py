@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ FILE_NAME = "megatron_dft.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 _WRITTEN_BY = re.compile(r"__(\d+)_")
+# torch_dist's index is a pickle; the names of its files stand in it as they are, so that nothing
+# needs to be built of it.
+_INDEX, _SHARD = ".metadata", re.compile(rb"__\d+_\d+\.distcp")
 
 
 def iteration_directory(root: Path, iteration: int) -> Path:
@@ -59,6 +63,19 @@ def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dic
             if writer == rank:
                 mine[str(path.relative_to(directory))] = _digest(path)
     return mine
+
+
+def named_files(directory: Path) -> set[str]:
+    """The data files that the checkpoint's own index names; none where there is no index."""
+    try:
+        return {name.decode() for name in _SHARD.findall((directory / _INDEX).read_bytes())}
+    except FileNotFoundError:
+        return set()
+
+
+def unaccounted(directory: Path, files: Iterable[str]) -> list[str]:
+    """What the checkpoint's own index names and `files` lacks."""
+    return sorted(named_files(directory) - set(files))
 
 
 def write(directory: Path, files: dict[str, dict[str, Any]], run: dict[str, Any]) -> None:
