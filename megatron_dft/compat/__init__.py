@@ -9,6 +9,13 @@ _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
+# Every name by which torch makes a store: torchrun's two rendezvous and the workers' own.
+STORES = (
+    "torch.distributed:TCPStore",
+    "torch.distributed.rendezvous:TCPStore",
+    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous:TCPStore",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend:TCPStore",
+)
 
 WRAPPED: dict[str, str] = {
     # the loop
@@ -38,6 +45,8 @@ WRAPPED: dict[str, str] = {
     f"{_OPTIMIZER}.state_dict": "torch's Adam has counted no step when it is resumed",
     f"{_OPTIMIZER}.load_state_dict": "torch's Adam resumes with its true count",
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
+    # one node
+    **dict.fromkeys(STORES, "a store of one node listens on the loopback interface alone"),
     # conversion
     "torch.cuda:current_device": "a skeleton's rotary tables need no GPU",
 }

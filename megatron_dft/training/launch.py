@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, release
+from megatron_dft.compat import hooks, loopback, release
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
@@ -77,6 +77,7 @@ def configure(
     Raises ValueError or AssertionError for a user's mistake.
     """
     _default_environment()
+    loopback.install()
     found = release.check_release()
     if wants_cpu(requested_device(argv)):
         runtime.activate()
