@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # `srun … bash NODE.SH` runs the script once, as the first node does.
 STANDINS = {
-    "scontrol": 'case $1 in show) echo n1 ;; requeue) exit 1 ;; esac',
+    "scontrol": "case $1 in show) echo n1 ;; requeue) exit 1 ;; esac",
     "srun": 'printf "%s\\n" "$*" >>"$STUBS/srun"; exec bash "${@: -1}"',
     # Training: what it is given, and the word that $ENDS names.
     "python": 'printf "%s\\n" "$@" >"$STUBS/argv"; env >"$STUBS/env"; [ "$ENDS" = died ] || '
