@@ -5,6 +5,7 @@ What fails on one rank counts for all: they agree after each attempt. Running ou
 nothing about the checkpoint, and a step that was asked for by name is not exchanged for another.
 """
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft.compat.hooks import wrap
+from megatron_dft.recovery import resume
 from megatron_dft.recovery.resume import ResumeError
 
 # Megatron asserts that they are untouched when it loads.
@@ -58,8 +60,11 @@ def install(run: Run) -> None:
                     return found
                 failed[run.chosen] = reason
                 vars(args).update(before)
-                # Raises where none is left.
-                run.before_model(failed)
+                try:
+                    run.before_model(failed)
+                except ResumeError:  # none is left; what was wrong may be the flags
+                    resume.mend_tracker(Path(args.load), max(failed))
+                    raise
 
         return load_checkpoint
 

@@ -68,7 +68,7 @@ def _or_error(directory: Path) -> dict[str, Any] | str | None:
     try:
         content = manifest.read(directory)
         missing = [] if content is None else manifest.unaccounted(directory, content["files"])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     if missing:
         return f".metadata names {', '.join(missing)}, which {manifest.FILE_NAME} does not"
