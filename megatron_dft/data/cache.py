@@ -86,6 +86,11 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _no_link(path: str, flags: int) -> int:
+    """What a link in a lock's place leads to would be emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Only one process at a time makes `target`; the others wait and find it made.
@@ -95,7 +100,7 @@ def locked(target: Path) -> Iterator[None]:
     path = target.with_name(target.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "w", opener=_no_link)
     except OSError as error:
         raise ValueError(
             f"--data-cache: {str(path.parent)!r} cannot be written: {error.strerror}; choose "

@@ -36,8 +36,7 @@ _TENSOR_COLUMNS = (
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: a report cut by a full disk must not look like one."""
     temporary = path.with_name(path.name + ".partial")
-    # A path that is not UTF-8 holds lone surrogates.
-    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
@@ -53,7 +52,7 @@ def to_csv(report: dict[str, Any]) -> str:
         for level, rows in levels.items():
             for name, row in rows.items():
                 writer.writerow((label, level, name, *(row.get(c) for c in _TENSOR_COLUMNS)))
-    return buffer.getvalue()
+    return buffer.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 def _overview(report: dict[str, Any]) -> Section:
