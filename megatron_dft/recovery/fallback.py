@@ -31,9 +31,12 @@ class Run(Protocol):
 
 def _agree(error: BaseException | None) -> str | None:
     """The first rank's words that failed, None where none did. Collective."""
-    words = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    words = None
+    if error is not None:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        words = f"{kind}{' '.join(str(error).split())}"[:600]
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, words and words[:300])
+    dist.all_gather_object(every, words)
     return next((one for one in every if one is not None), None)
 
 
