@@ -56,12 +56,14 @@ def digest(value: Any) -> str:
 
 
 def content_hash(path: Path, cache: Path | None) -> str:
-    """SHA-256 of a file; remembered by name, size, inode and time of change in the cache."""
+    """SHA-256 of a file; remembered by name, size, inode and times of change in the cache.
+
+    The time of modification can be set back (cp -p, touch -r), that of the inode's change cannot.
+    """
     status = os.stat(path)
-    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
-    # A file that was rewritten and given its old time has another time of change.
-    identity.append(status.st_ctime_ns)
-    settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, *times]
+    settled = time.time() - max(times) / 1e9 > _SETTLED_SECONDS
     note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
     if note is not None and settled and note.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
@@ -75,6 +77,11 @@ def content_hash(path: Path, cache: Path | None) -> str:
     return value
 
 
+def _no_link(path: str, flags: int) -> int:
+    """What a link in a lock's place leads to would be emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Only one process at a time makes `target`; the others wait and find it made.
@@ -84,7 +91,7 @@ def locked(target: Path) -> Iterator[None]:
     path = target.with_name(target.name + ".lock")
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "w", opener=_no_link)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
