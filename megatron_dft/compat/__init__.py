@@ -2,7 +2,7 @@
 
 `WRAPPED` lists every function or object of Megatron and torch that a run replaces (the CPU runtime
 has a table of its own, cpu/runtime.py): "module:name" or "module:Class.name" → why. hooks.py
-replaces nothing else.
+replaces nothing else. `PROVIDED` lists the modules of others that are absent and stood in for.
 """
 
 _TRAINING = "megatron.training.training"
@@ -22,6 +22,10 @@ WRAPPED: dict[str, str] = {
     "megatron.core.models.gpt.gpt_model:process_mtp_loss": "MTP heads have a loss of their own",
     "megatron.core.datasets.utils:compile_helpers": "the wheel has no Makefile; make's failure "
     "would end the job",
+    "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available": "gradient accumulation "
+    "fusion works without apex",
+    "megatron.core.models.gpt.gpt_layer_specs:LNImpl": "apex's norm knows no RMSNorm",
+    "megatron.core.transformer.transformer_block:LayerNormImpl": "apex's norm knows no RMSNorm",
     # stopping and numbers
     "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER": "SIGTERM, SIGUSR1 and a stop file stop "
     "all ranks after the same step",
@@ -39,4 +43,9 @@ WRAPPED: dict[str, str] = {
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
     # conversion
     "torch.cuda:current_device": "a skeleton's rotary tables need no GPU",
+}
+
+PROVIDED: dict[str, str] = {
+    "fused_weight_gradient_mlp_cuda": "apex's extension, which transformer-engine does not bring "
+    "and Megatron's output layer asks for",
 }

@@ -32,6 +32,20 @@ _REFUSED: dict[str, Refusal] = {
     "use_megatron_fsdp": Refusal(
         bool, "has not been proven here", "use --use-distributed-optimizer"
     ),
+    "transformer_impl": Refusal(
+        lambda value: value == "inference_optimized", "is for inference", "drop the flag"
+    ),
+    "fp8_param_gather": Refusal(
+        bool,
+        "takes the optimizer's fp32 weights from before Hugging Face's are read "
+        "(get_high_precision_init_val), which are uninitialised memory",
+    ),
+    "fp8_output_proj": Refusal(
+        bool, "computes the logits in a layer that has not been proven here"
+    ),
+    "defer_embedding_wgrad_compute": Refusal(
+        bool, "keeps activations of the output layer, which evaluation and frozen models fill too"
+    ),
     "dataloader_inter_document_masking": Refusal(bool, "is decided by --train-data"),
     "phase_transition_iterations": Refusal(given, "has not been proven here"),
 }

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, release
+from megatron_dft.compat import hooks, release, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
-from megatron_dft.flags.defaults import requested_device, wants_cpu
+from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
@@ -68,6 +68,9 @@ def configure(
         runtime.activate()
         if os.environ["RANK"] == "0":
             print(f"megatron_dft: running on the CPU over gloo (megatron-core {found})", flush=True)
+    else:
+        wgrad_fusion.install()
+        torch_norm.install(has_transformer_engine())
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
