@@ -13,11 +13,13 @@ from torch import Tensor
 
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
-from megatron_dft.losses.report import loss_report
+from megatron_dft.losses.report import CROSS_ENTROPY, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.step.batch import MicroBatch
 
 PLAIN = registry.get("sft")
+# What training steps report beside the cross entropy; training/output.py reads it.
+FIGURES = StepFigures()
 
 
 def _token_loss(
@@ -58,15 +60,13 @@ def loss_func(
     token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, found)
     loss = token_loss.sum()
     _stop_on_bad_loss(loss)
-    report = loss_report(
-        settings().objective.name if batch.training else None,
-        cross_entropy,
-        token_loss,
-        weight,
-        batch.loss_mask,
-        correct,
-        found.get("kl"),
-    )
+    figures = (cross_entropy, token_loss, weight, batch.loss_mask, correct, found.get("kl"))
+    if not batch.training:
+        return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
+    names, sums = token_figures(settings().objective.name, *figures)
+    FIGURES.add(names, sums)
+    # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
+    report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 
