@@ -8,6 +8,7 @@ replaces nothing else. `PROVIDED` lists the modules of others that are absent an
 _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_ROUTER = "megatron.core.transformer.moe.router"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
 
 WRAPPED: dict[str, str] = {
@@ -26,6 +27,11 @@ WRAPPED: dict[str, str] = {
     "fusion works without apex",
     "megatron.core.models.gpt.gpt_layer_specs:LNImpl": "apex's norm knows no RMSNorm",
     "megatron.core.transformer.transformer_block:LayerNormImpl": "apex's norm knows no RMSNorm",
+    # mixture of experts
+    f"{_ROUTER}:TopKRouter.attach_and_log_load_balancing_loss": "the auxiliary losses' factor is "
+    "of supervised tokens",
+    f"{_ROUTER}:TopKRouter.apply_z_loss": "the z loss's factor is of supervised tokens",
+    f"{_ROUTER}:z_loss_func": "the z loss's factor acts on its gradient alone",
     # stopping and numbers
     "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER": "SIGTERM, SIGUSR1 and a stop file stop "
     "all ranks after the same step",

@@ -1,6 +1,7 @@
 """Megatron's own settings that a run here refuses, beside those under which exp(−CE) is not p."""
 
 import argparse
+from typing import Any
 
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import HFCheckpoint
@@ -35,6 +36,11 @@ _REFUSED: dict[str, Refusal] = {
     "transformer_impl": Refusal(
         lambda value: value == "inference_optimized", "is for inference", "drop the flag"
     ),
+    "moe_router_load_balancing_type": Refusal(
+        lambda value: "quantile_balancing" in (value or ()),
+        "quantile_balancing counts padding as tokens",
+        "choose aux_loss",
+    ),
     "fp8_param_gather": Refusal(
         bool,
         "takes the optimizer's fp32 weights from before Hugging Face's are read "
@@ -49,6 +55,14 @@ _REFUSED: dict[str, Refusal] = {
     "dataloader_inter_document_masking": Refusal(bool, "is decided by --train-data"),
     "phase_transition_iterations": Refusal(given, "has not been proven here"),
 }
+
+
+def has_router_loss(args: Any) -> bool:
+    """Whether the flags give a router's losses (load balancing, z) a weight."""
+    coefficients = args.moe_aux_loss_coeff
+    if not isinstance(coefficients, list | tuple):
+        coefficients = [coefficients]
+    return any(coefficients) or args.moe_z_loss_coeff is not None
 
 
 def refuse_settings(args: argparse.Namespace, objective: Objective) -> None:

@@ -8,8 +8,10 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_dft.compat import moe_losses
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.compat.loop import separate_mtp_losses
+from megatron_dft.flags.megatron import has_router_loss
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.config import apply_to_model_config
 from megatron_dft.hf.keys import with_te_keys
@@ -34,6 +36,8 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     """GPTModelConfig from Megatron's args; what this project adds are hooks on the built model."""
     if args.mtp_num_layers:
         separate_mtp_losses()
+    if args.num_experts and has_router_loss(args):
+        moe_losses.install()
     config = gpt_config_from_args(args)
     checkpoint = settings().checkpoint
     if args.transformer_impl == "local":
