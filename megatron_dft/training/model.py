@@ -19,7 +19,7 @@ from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
 from megatron_dft.lens.run import Lens, is_wanted
 from megatron_dft.step.logits_probe import LogitsProbe
-from megatron_dft.step.self_test import check_gradient, check_head_gradient
+from megatron_dft.step.self_test import SelfTest
 from megatron_dft.training import fake_quantize
 from megatron_dft.training.reference_model import ReferenceModel
 
@@ -97,11 +97,11 @@ def prepare(chunks: list[Any], args: Any) -> None:
             mask_padded_vocab(chunk, chosen.vocab_size)
         LogitsProbe(chunk, chosen.objective, args.dft_mtp)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        test = (chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype)
-        if args.loss_chunk_size is None:
-            error = check_gradient(*test)
-        else:
-            error = check_head_gradient(*test, args.loss_chunk_size)
+        vocab_size = chosen.vocab_size or args.padded_vocab_size
+        test = SelfTest(
+            chunk, chosen.objective, vocab_size, dtype, not args.no_packing, args.kl_coeff
+        )
+        error = test.run(chunked=args.loss_chunk_size is not None)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             print(
                 f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "
