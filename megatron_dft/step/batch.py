@@ -3,6 +3,7 @@
 Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,21 @@ class MicroBatch:
         return stats
 
 
+_first_rows: list[int] = []
+
+
+def first_rows() -> int | None:
+    """A checksum of the rows of the first training micro-batch that this rank has read."""
+    return _first_rows[0] if _first_rows else None
+
+
+def _note_first_rows(raw: dict[str, Tensor]) -> None:
+    if not _first_rows:
+        names = sorted(name for name, value in raw.items() if isinstance(value, Tensor))
+        parts = (raw[name].contiguous().numpy().tobytes() for name in names)
+        _first_rows.append(zlib.crc32(b"".join(parts)))
+
+
 def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> MicroBatch:
     """The next micro-batch of this data-parallel replica, on this rank's device.
 
@@ -103,6 +119,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
     the sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
     """
     raw = next_rows(data_iterator, training)
+    if training:
+        _note_first_rows(raw)
     names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
     per_token = {name: raw[name] for name in names if name in raw}
     # All of this is on the host, and so are the indices: reading one of the device would wait for

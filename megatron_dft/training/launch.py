@@ -19,6 +19,7 @@ from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
 from megatron_dft.storage.safe_pickle import UnsafeFileError
+from megatron_dft.training import waiting
 
 
 def launch(
@@ -39,7 +40,9 @@ def launch(
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
     try:
-        args = configure(sys.argv[1:], prepare, scoring)
+        args = configure(sys.argv[1:], functools.partial(_on_each_node, prepare), scoring)
+    except waiting.OthersRefused:
+        return REFUSED
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
         return _refuse(error)
@@ -98,10 +101,16 @@ def configure(
         scores.leave_out_training(args)
     validate_args(args)
     recovery.check(args)
-    if _is_first_local_rank():
-        prepare(args)
+    prepare(args)
     set_global_variables(args)
     return args
+
+
+def _on_each_node(prepare: Callable[[Any], None], args: Any) -> None:
+    """The first rank of each node prepares; all ranks leave when every node is ready."""
+    with waiting.met_after():
+        if _is_first_local_rank():
+            prepare(args)
 
 
 def _default_environment() -> None:
