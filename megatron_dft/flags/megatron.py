@@ -25,13 +25,17 @@ _REFUSED: dict[str, Refusal] = {
     ),
     "cuda_graph_impl": Refusal(
         lambda value: value not in (None, "none"),
-        "has not been proven here",
+        "replays a layer with what it was captured with, and has not been run on packed rows "
+        "(transformer_engine's takes none)",
         "use --cuda-graph-impl none",
     ),
     "perform_rl_step": Refusal(bool, "is for reinforcement learning", "use stock Megatron-LM"),
     "use_torch_fsdp2": Refusal(bool, "has not been proven here", "use --use-distributed-optimizer"),
     "use_megatron_fsdp": Refusal(
-        bool, "has not been proven here", "use --use-distributed-optimizer"
+        bool,
+        "shards parameters as DTensors, which no torch_dist checkpoint holds and no Hugging Face "
+        "weight is written into",
+        "use --use-distributed-optimizer",
     ),
     "transformer_impl": Refusal(
         lambda value: value == "inference_optimized", "is for inference", "drop the flag"

@@ -220,7 +220,9 @@ def _check_head(test: SelfTest) -> float:
     own, weight = own.clone().requires_grad_(), weight.requires_grad_()
     loss = output_processor(
         hidden_states=own,
-        output_layer=SimpleNamespace(weight=weight, sequence_parallel=is_cut),
+        output_layer=SimpleNamespace(
+            weight=weight, sequence_parallel=is_cut, _forward_pre_hooks={}
+        ),
         output_weight=None,
         labels=batch.labels,
         context=batch,
