@@ -11,6 +11,13 @@ _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _ROUTER = "megatron.core.transformer.moe.router"
 _TORCH = "torch.distributed.checkpoint"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
+# Every name by which torch makes a store: torchrun's two rendezvous and the workers' own.
+STORES = (
+    "torch.distributed:TCPStore",
+    "torch.distributed.rendezvous:TCPStore",
+    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous:TCPStore",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend:TCPStore",
+)
 
 WRAPPED: dict[str, str] = {
     # the loop
@@ -18,6 +25,7 @@ WRAPPED: dict[str, str] = {
     f"{_TRAINING}:post_training_step_callbacks": "exports and the lens after a step",
     f"{_TRAINING}:get_megatron_optimizer": "the L2-SP anchor takes the optimizer's weights",
     f"{_TRAINING}:setup_model_and_optimizer": "the checkpoint is chosen before the model is built",
+    f"{_TRAINING}:load_checkpoint": "a step that fails to load gives way to the one before",
     f"{_TRAINING}:build_pretraining_data_loader": "a finished run has no row left to load",
     f"{_TRAINING}:checkpoint_and_decide_exit": "a save and a step are progress to the watchdog",
     f"{_TRAINING}:save_checkpoint_and_time": "--keep-last deletes after a save",
@@ -48,6 +56,8 @@ WRAPPED: dict[str, str] = {
     f"{_OPTIMIZER}.state_dict": "torch's Adam has counted no step when it is resumed",
     f"{_OPTIMIZER}.load_state_dict": "torch's Adam resumes with its true count",
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
+    # one node
+    **dict.fromkeys(STORES, "a store of one node listens on the loopback interface alone"),
     # a checkpoint's pickles
     "torch:load": "weights_only, with Megatron's classes: nothing that a file names is run",
     f"{_TORCH}.filesystem:FileSystemReader.read_metadata": "the table is built of listed classes",

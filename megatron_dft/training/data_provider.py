@@ -49,7 +49,9 @@ def prepare(args: Any) -> None:
     Called on the first rank of each node; the others find the cache when they build.
     """
     if args.train_data and not args.skip_train:
-        build(args, "--train-data", None, shuffle=True, progress=True)
+        train = build(args, "--train-data", None, shuffle=True, progress=True)
+        if train.scores is not None:
+            train.scores.check_content(cache_directory(args))
     if args.valid_data or args.valid_share:
         build(args, _validation(args), None, shuffle=False, progress=True)
 

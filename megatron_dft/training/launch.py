@@ -4,6 +4,7 @@ Nothing of Megatron is imported before the device is chosen: the CPU runtime has
 first. So Megatron, and what imports it, is imported inside functions here.
 """
 
+import contextlib
 import functools
 import os
 import socket
@@ -12,14 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, release, safe_load, torch_norm, wgrad_fusion
+from megatron_dft.compat import hooks, loopback, release, safe_load, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
 from megatron_dft.storage.safe_pickle import UnsafeFileError
-from megatron_dft.training import waiting
+from megatron_dft.training import directories, waiting
 
 
 def launch(
@@ -39,6 +40,18 @@ def launch(
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
+    held = contextlib.ExitStack()
+
+    def prepare_and_hold(args: Any) -> None:
+        prepare(args)
+        if os.environ["RANK"] == "0":
+            held.enter_context(directories.owned(args, scoring))
+
+    with held:
+        return _launch(prepare_and_hold, work, scoring)
+
+
+def _launch(prepare: Callable[[Any], None], work: Callable[[Any], None], scoring: bool) -> int:
     try:
         args = configure(sys.argv[1:], functools.partial(_on_each_node, prepare), scoring)
     except waiting.OthersRefused:
@@ -74,6 +87,7 @@ def configure(
     Raises ValueError or AssertionError for a user's mistake.
     """
     _default_environment()
+    loopback.install()
     found = release.check_release()
     if wants_cpu(requested_device(argv)):
         runtime.activate()
@@ -85,7 +99,7 @@ def configure(
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_dft.flags import recovery, scores
+    from megatron_dft.flags import output, recovery, scores
     from megatron_dft.flags.resolve import add_arguments
 
     hooks.check_release()
@@ -99,6 +113,7 @@ def configure(
     )
     if scoring:
         scores.leave_out_training(args)
+    output.follow_links(args)
     validate_args(args)
     recovery.check(args)
     prepare(args)

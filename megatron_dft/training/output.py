@@ -1,6 +1,5 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from megatron_dft.compat.loop import after_training_step, on_training_log, sync_
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.hf.secrets import masked_line
 from megatron_dft.losses.report import CROSS_ENTROPY
 from megatron_dft.step.loss import FIGURES
 from megatron_dft.storage.dtypes import WORDS
@@ -133,7 +133,7 @@ class Output:
             parameters={**objective.values, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
-            command=shlex.join(sys.argv),
+            command=masked_line(sys.argv),
         )
 
 
