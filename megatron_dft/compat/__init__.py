@@ -2,12 +2,13 @@
 
 `WRAPPED` lists every function or object of Megatron and torch that a run replaces (the CPU runtime
 has a table of its own, cpu/runtime.py): "module:name" or "module:Class.name" → why. hooks.py
-replaces nothing else.
+replaces nothing else. `PROVIDED` lists the modules of others that are absent and stood in for.
 """
 
 _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_ROUTER = "megatron.core.transformer.moe.router"
 _TORCH = "torch.distributed.checkpoint"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
 # Every name by which torch makes a store: torchrun's two rendezvous and the workers' own.
@@ -31,6 +32,15 @@ WRAPPED: dict[str, str] = {
     "megatron.core.models.gpt.gpt_model:process_mtp_loss": "MTP heads have a loss of their own",
     "megatron.core.datasets.utils:compile_helpers": "the wheel has no Makefile; make's failure "
     "would end the job",
+    "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available": "gradient accumulation "
+    "fusion works without apex",
+    "megatron.core.models.gpt.gpt_layer_specs:LNImpl": "apex's norm knows no RMSNorm",
+    "megatron.core.transformer.transformer_block:LayerNormImpl": "apex's norm knows no RMSNorm",
+    # mixture of experts
+    f"{_ROUTER}:TopKRouter.attach_and_log_load_balancing_loss": "the auxiliary losses' factor is "
+    "of supervised tokens",
+    f"{_ROUTER}:TopKRouter.apply_z_loss": "the z loss's factor is of supervised tokens",
+    f"{_ROUTER}:z_loss_func": "the z loss's factor acts on its gradient alone",
     # stopping and numbers
     "megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER": "SIGTERM, SIGUSR1 and a stop file stop "
     "all ranks after the same step",
@@ -58,4 +68,9 @@ WRAPPED: dict[str, str] = {
     f"{_CHECKPOINTING}:_get_checkpoint_format": "--load takes torch_dist alone",
     # conversion
     "torch.cuda:current_device": "a skeleton's rotary tables need no GPU",
+}
+
+PROVIDED: dict[str, str] = {
+    "fused_weight_gradient_mlp_cuda": "apex's extension, which transformer-engine does not bring "
+    "and Megatron's output layer asks for",
 }

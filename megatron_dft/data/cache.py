@@ -56,12 +56,14 @@ def digest(value: Any) -> str:
 
 
 def content_hash(path: Path, cache: Path | None) -> str:
-    """SHA-256 of a file; remembered by name, size, inode and time of change in the cache."""
+    """SHA-256 of a file; remembered by name, size, inode and times of change in the cache.
+
+    The time of modification can be set back (cp -p, touch -r), that of the inode's change cannot.
+    """
     status = os.stat(path)
-    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
-    # A file that was rewritten and given its old time has another time of change.
-    identity.append(status.st_ctime_ns)
-    settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, *times]
+    settled = time.time() - max(times) / 1e9 > _SETTLED_SECONDS
     note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
     if note is not None and settled and note.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):

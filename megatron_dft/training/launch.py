@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, loopback, release, safe_load
+from megatron_dft.compat import hooks, loopback, release, safe_load, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
-from megatron_dft.flags.defaults import requested_device, wants_cpu
+from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
 from megatron_dft.storage.safe_pickle import UnsafeFileError
-from megatron_dft.training import directories
+from megatron_dft.training import directories, waiting
 
 
 def launch(
@@ -53,7 +53,9 @@ def launch(
 
 def _launch(prepare: Callable[[Any], None], work: Callable[[Any], None], scoring: bool) -> int:
     try:
-        args = configure(sys.argv[1:], prepare, scoring)
+        args = configure(sys.argv[1:], functools.partial(_on_each_node, prepare), scoring)
+    except waiting.OthersRefused:
+        return REFUSED
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
         return _refuse(error)
@@ -91,6 +93,9 @@ def configure(
         runtime.activate()
         if os.environ["RANK"] == "0":
             print(f"megatron_dft: running on the CPU over gloo (megatron-core {found})", flush=True)
+    else:
+        wgrad_fusion.install()
+        torch_norm.install(has_transformer_engine())
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
@@ -111,10 +116,16 @@ def configure(
     output.follow_links(args)
     validate_args(args)
     recovery.check(args)
-    if _is_first_local_rank():
-        prepare(args)
+    prepare(args)
     set_global_variables(args)
     return args
+
+
+def _on_each_node(prepare: Callable[[Any], None], args: Any) -> None:
+    """The first rank of each node prepares; all ranks leave when every node is ready."""
+    with waiting.met_after():
+        if _is_first_local_rank():
+            prepare(args)
 
 
 def _default_environment() -> None:
