@@ -16,11 +16,12 @@ OVERLONG = ("refuse", "drop", "truncate")
 class Conversations:
     """All usable conversations of several stores, numbered through, cut to fit a row.
 
-    counts: what fit_conversations left out or cut. Raises ValueError as it does.
+    stores: where they lie; counts: what fit_conversations left out or cut. Raises ValueError as it
+    does.
     """
 
     def __init__(self, stores: Sequence[TokenStore], seq_length: int, overlong: str) -> None:
-        self._stores = list(stores)
+        self.stores = list(stores)
         self._kept, self._ends, self.counts = fit_conversations(stores, seq_length, overlong)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes())])
 
@@ -45,13 +46,13 @@ class Conversations:
     def __getitem__(self, number: int) -> np.ndarray:
         """uint32 [n]: flagged tokens of one conversation (see spec.SUPERVISED)."""
         store, local = self._locate(number)
-        flagged = self._stores[store].flagged(int(self._kept[store][local]))
+        flagged = self.stores[store].flagged(int(self._kept[store][local]))
         return flagged[: self._ends[store][local]]
 
     def where(self, number: int) -> str:
         """file:line of the row that a conversation came from."""
         store, local = self._locate(number)
-        return self._stores[store].where(int(self._kept[store][local]))
+        return self.stores[store].where(int(self._kept[store][local]))
 
     def _locate(self, number: int) -> tuple[int, int]:
         store = int(np.searchsorted(self._starts, number, side="right")) - 1

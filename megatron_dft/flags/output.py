@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
 
 
@@ -53,6 +54,8 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
             f"--save-hf-interval: expected at least 1 step, got {args.save_hf_interval}; leave it "
             "out to export at the end alone"
         )
+    if checkpoint is not None:
+        companions.check(checkpoint)
     target = Path(args.save_hf)
     if checkpoint is not None and target.resolve() == checkpoint.path.resolve():
         raise ValueError(f"--save-hf: {target} is the base model itself; choose another directory")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.hf import directory
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.compare import compare_bytes
 from megatron_dft.hf.consumption import check_finite
 from megatron_dft.hf.families import FAMILIES, REFUSED, family_of
@@ -116,6 +117,7 @@ def export_checkpoint(
     overwrite: bool,
     trust_remote_code: bool,
     card: str | None,
+    chat: TrainedChat | None = None,
 ) -> Path:
     """Write what `import_checkpoint` made, trained since, as a Hugging Face directory.
 
@@ -131,7 +133,7 @@ def export_checkpoint(
     check_all_finite(written)
     files = sorted({info.file.name for info in written.tensors.values()})
     directory.flush(staging / file for file in files)
-    directory.finish(checkpoint, staging, out, files, dtype=None, card=card)
+    directory.finish(checkpoint, staging, out, files, dtype=None, card=card, chat=chat)
     return out
 
 

@@ -13,28 +13,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
-
-# Files of the base model that go with any weights derived from it.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def staging_path(out_dir: Path) -> Path:
@@ -71,10 +54,12 @@ def finish(
     *,
     dtype: torch.dtype | None,
     card: str | None,
+    chat: companions.TrainedChat | None = None,
 ) -> None:
     """Check the weight files, add everything else, flush, rename `staging` to `out_dir`.
 
-    files: names of the safetensors files in `staging`, closed and flushed. Raises ValueError when
+    files: names of the safetensors files in `staging`, closed and flushed. chat: what the answers
+    were trained with; None where nothing was. Raises ValueError when
     they do not hold every tensor of the base checkpoint in its shape.
     """
     written: dict[str, TensorInfo] = {}
@@ -87,12 +72,7 @@ def finish(
             "weight_map": {n: t.file.name for n, t in sorted(written.items())},
         }
         (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for source in checkpoint.path.glob(pattern):
-            if source.is_file():
-                shutil.copyfile(source, staging / source.name)
-    if (checkpoint.path / "chat_templates").is_dir():
-        shutil.copytree(checkpoint.path / "chat_templates", staging / "chat_templates")
+    companions.write(checkpoint, staging, chat)
     if card is not None:
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)

@@ -14,7 +14,10 @@ from megatron_dft.storage.safetensors import TensorInfo, read_header
 
 _INDEX = "model.safetensors.index.json"
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_HUB_PATTERNS = [
+    "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,23 @@ def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """Raises ValueError in one line for a file that is no JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
 
 
-def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
+def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | None]:
     """Download (or find in the cache) a hub repository; returns its directory and the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # a failure is reported once, by the caller
+    patterns = [*_HUB_PATTERNS, "*.py"] if code else _HUB_PATTERNS
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -110,7 +115,7 @@ def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
 def _index(path: Path) -> dict[str, TensorInfo]:
     """Tensor name -> place, from the index or the single file; see `open_checkpoint` for errors."""
     if (path / _INDEX).exists():
-        weight_map = _read_json(path / _INDEX)
+        weight_map = read_json(path / _INDEX)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path}/{_INDEX}: has no 'weight_map'")
@@ -168,11 +173,11 @@ def open_checkpoint(
     """
     path, commit = Path(name_or_path), None
     if not path.is_dir():
-        path, commit = _fetch(os.fspath(name_or_path), revision)
+        path, commit = _fetch(os.fspath(name_or_path), revision, trust_remote_code)
     elif revision is not None:
         raise ValueError(f"--hf-revision {revision}: {path} is a directory, which has no revisions")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json; expected a Hugging Face model directory")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     _check_config(path, config, trust_remote_code)
     return HFCheckpoint(path, os.fspath(name_or_path), commit, config, _index(path))

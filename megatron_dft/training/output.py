@@ -16,6 +16,7 @@ from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
 from megatron_dft.training.model import ModelHandle
 from megatron_dft.training.progress import Progress, choose
+from megatron_dft.training.trained_chat import trained_chat
 
 _CARD_SETTINGS = (
     "lr",
@@ -93,6 +94,7 @@ class Output:
             dtype=getattr(torch, name) if name else None,
             overwrite=self.args.overwrite,
             card=self._card(metrics[0]) if dist.get_rank() == 0 else None,
+            chat=trained_chat(self.args),
         )
         if dist.get_rank() == 0:
             print(f"> Hugging Face checkpoint: {path}", flush=True)
