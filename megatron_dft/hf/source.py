@@ -150,9 +150,14 @@ def _index(path: Path) -> dict[str, TensorInfo]:
                 )
             found[name] = info
     if weight_map is not None:
+        # A name that lies in no file at all may be one that no parameter is made of: whoever needs
+        # it says that it is missing.
         for name, file in weight_map.items():
-            if name not in found or found[name].file.name != file:
-                raise ValueError(f"{path}/{_INDEX}: tensor {name!r} is not in {file}")
+            if name in found and found[name].file.name != file:
+                raise ValueError(
+                    f"{path}/{_INDEX}: expected tensor {name!r} in {file}, it is in "
+                    f"{found[name].file.name}; fetch the files again"
+                )
     return found
 
 
