@@ -26,6 +26,7 @@ from megatron_dft.flags import (
     output,
     quantize,
     recovery,
+    schedule,
     scores,
 )
 from megatron_dft.flags.settings import Settings, set_settings
@@ -132,6 +133,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     objective.check(args, asked)
     model.check(args, checkpoint, runtime.is_active())
     data.check(args)
+    schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)
     output.check(args, checkpoint)

@@ -12,7 +12,16 @@ import torch.distributed as dist
 
 from megatron_dft.compat import optimizer_resume
 from megatron_dft.compat.hooks import wrap
-from megatron_dft.recovery import commit, exit_codes, manifest, numbers, resume, status, stop
+from megatron_dft.recovery import (
+    commit,
+    exit_codes,
+    manifest,
+    numbers,
+    resume,
+    schedule,
+    status,
+    stop,
+)
 from megatron_dft.recovery.watchdog import Watchdog
 
 
@@ -69,9 +78,22 @@ class _Run:
                 choice.run["identity"], self.identity, args.allow_change, where
             ):
                 _say(f"warning: resuming with a change: {line}")
+        self._settle_schedule(root, choice.iteration)
         if choice.iteration >= 0 and args.ckpt_step is None:
             resume.mend_tracker(root, choice.iteration)
             _say(f"{root}: going on from step {choice.iteration}")
+
+    def _settle_schedule(self, root: Path, iteration: int) -> None:
+        args = self.args
+        if iteration < 0 or args.finetune or args.no_load_optim or args.skip_train:
+            return
+        saved = resume._broadcast(
+            schedule.read(manifest.iteration_directory(root, iteration))
+            if dist.get_rank() == 0
+            else None
+        )
+        for line in schedule.settle(args, saved or {}, f"{root} (step {iteration})"):
+            _say(f"resuming with another schedule: {line}")
 
 
 def _say(text: str) -> None:
