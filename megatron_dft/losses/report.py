@@ -11,6 +11,7 @@ HISTOGRAM_BINS = 10
 HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
+END_PROB = "dft/end-prob"
 
 
 def histogram_key(index: int) -> str:
@@ -27,6 +28,7 @@ def loss_report(
     mask: Tensor,
     correct: Tensor | None,
     kl: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """name → fp32 [sum, count] of one micro-batch on one rank.
 
@@ -36,6 +38,7 @@ def loss_report(
         mask: [b, s], 0 or 1.
         correct: bool [b, s], whether the target is the model's first choice; None if not known.
         kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
+        ends: bool [b, s], which supervised tokens end a turn; None if not known.
     """
     supervised = mask.bool()
     ce = torch.where(supervised, cross_entropy, 0.0)
@@ -52,6 +55,9 @@ def loss_report(
             report[f"{objective} loss"] = entry(token_loss.sum())
         report["dft/mean-weight"] = entry(weight.sum())
     report["dft/mean-prob"] = entry(p.sum())
+    if ends is not None:
+        ends = ends & supervised
+        report[END_PROB] = torch.stack([torch.where(ends, p, 0.0).sum(), ends.sum().float()])
     if correct is not None:
         report["dft/token-accuracy"] = entry((correct & supervised).sum())
     if kl is not None:

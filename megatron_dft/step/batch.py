@@ -13,9 +13,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_dft.compat.context_parallel import token_indices
+from megatron_dft.flags.objective import KIND_END
+from megatron_dft.flags.settings import settings
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
-_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "reference_log_prob")
+_PER_TOKEN = (
+    "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class MicroBatch:
 
     reference_log_prob  fp32 [b, s]: with stored scores from the start, with a frozen model once it
                         has run; None where nothing is compared
+    token_kinds         uint8 [b, s], bits of flags/objective.py: what ends a turn, what the chat
+                        template wrote; None where the data does not say
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
@@ -71,16 +77,25 @@ class MicroBatch:
     loss_mask: Tensor
     position_ids: Tensor
     reference_log_prob: Tensor | None = None
+    token_kinds: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
+
+    @property
+    def ends(self) -> Tensor | None:
+        """bool [b, s]: which labels end a turn."""
+        return None if self.token_kinds is None else (self.token_kinds & KIND_END) != 0
 
     def token_stats(self) -> dict[str, Any]:
         """Fields of TokenStats that the batch itself knows: which conversation a token is of."""
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
+        if settings().full_weight:
+            assert self.token_kinds is not None, "the data set does not say what ends a turn"
+            stats["full_weight"] = (self.token_kinds & settings().full_weight) != 0
         if self.packing is not None:
             positions = self.held
             if positions is None:

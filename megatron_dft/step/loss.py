@@ -18,6 +18,8 @@ from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.step.batch import MicroBatch
 
 PLAIN = registry.get("sft")
+# log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
+_ROUNDING = 0.01
 
 
 def _token_loss(
@@ -57,7 +59,7 @@ def loss_func(
         correct = batch.head.correct
     token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, found)
     loss = token_loss.sum()
-    _stop_on_bad_loss(loss)
+    _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
     report = loss_report(
         settings().objective.name if batch.training else None,
         cross_entropy,
@@ -66,20 +68,34 @@ def loss_func(
         batch.loss_mask,
         correct,
         found.get("kl"),
+        batch.ends,
     )
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 
-def _stop_on_bad_loss(loss: Tensor) -> None:
+def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:
+    """The loss, or NaN where a supervised token's cross entropy is none: inf, NaN or negative.
+
+    An objective may hide it: its weight is 0 where p is, and 0 · inf counts as 0. Scalar, detached;
+    stays on the device.
+    """
+    possible = (cross_entropy >= -_ROUNDING) & (cross_entropy < torch.inf)
+    impossible = (mask.bool() & ~possible).any()
+    return torch.where(impossible, torch.nan, loss.detach())
+
+
+def _stop_on_bad_loss(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> None:
     """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
     if not get_args().check_for_nan_in_loss_and_grad:
         return
     machine = get_rerun_state_machine()
-    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+    found = checked(loss, cross_entropy, mask)
+    nan = "NaN in the local loss, or a supervised token whose cross entropy is inf, NaN or negative"
+    for test, word in ((torch.isnan, nan), (torch.isinf, "inf in the local loss")):
         machine.validate_result(
-            result=loss,
+            result=found,
             rejection_func=test,
-            message=f"found {word} in the local loss",
+            message=f"found {word}",
             tolerance=0.0,
             fatal=True,
         )

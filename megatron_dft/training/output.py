@@ -14,12 +14,14 @@ from megatron_dft.compat.loop import after_training_step, on_training_log, sync_
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.training.end_watch import EndWatch
 from megatron_dft.training.model import ModelHandle
 from megatron_dft.training.progress import Progress, choose
 from megatron_dft.training.trained_chat import trained_chat
 
 _CARD_SETTINGS = (
     "lr",
+    "dft_full_weight",
     "train_iters",
     "global_batch_size",
     "seq_length",
@@ -43,6 +45,7 @@ class Output:
         self.args, self.handle = args, handle
         self.progress: Progress | None = None
         self.losses: dict[str, Any] = {}
+        self.ends = EndWatch()
 
     def install(self) -> None:
         """Hook the progress line and the exports into the training loop."""
@@ -50,7 +53,10 @@ class Output:
         after_training_step(self._after_step)
 
     def finish(self) -> None:
-        """The export at the end of training."""
+        """The export at the end of training, and whether the model has learnt to stop."""
+        warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
+        if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
+            print(f"> warning: {warning}", flush=True)
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
@@ -69,6 +75,7 @@ class Output:
                 get_tensorboard_writer(),
             )
         self.progress.log(losses, call)
+        self.ends.log(losses)
         # As they are: reading them here would wait for the device in every step.
         self.losses = losses
 
