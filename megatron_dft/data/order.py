@@ -44,7 +44,7 @@ class EpochOrder:
         return int(sum(self._counts))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64 [epoch_size]: indices into the concatenated sources, shuffled."""
+        """int64, one epoch: indices into the concatenated sources, shuffled."""
         drawn = np.concatenate([self._draw(s, epoch) for s in range(len(self._sizes))])
         return drawn[permutation(len(drawn), self._seed, 0, epoch)]
 

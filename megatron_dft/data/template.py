@@ -2,7 +2,7 @@
 
 The tokenising workers start by the dozen and must stay small, so the Jinja environment that chat
 templates expect (sandbox, `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`) is built
-here; tests/data/test_template.py holds its output to transformers' own.
+here; tests/data/test_chat_mask.py holds its output to transformers' own.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def add_arguments(
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
     """
-    _define(parser, scoring)
+    define(parser, scoring)
     mend_help(parser)
     if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
         parser.print_help()
@@ -59,7 +59,8 @@ def add_arguments(
     return parser
 
 
-def _define(parser: argparse.ArgumentParser, scoring: bool) -> None:
+def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
+    """Add our flags, one group a subject; nothing is parsed or checked."""
     for subject in (model, objective, scores, lens, output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))

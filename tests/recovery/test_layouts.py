@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.cluster.runs import rows_of_steps, run
+from tests.recovery.runs import rows_of_steps, run
 from tests.train.launch import flags, largest_relative_error, weights
 
 STEPS, SAVED = 4, 2

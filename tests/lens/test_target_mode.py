@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.chats import write_chats
+from tests.flags.refused import refused
 from tests.hf.tiny import make_tiny
-from tests.train.conftest import write_chats
 from tests.train.launch import flags, largest_relative_error, run_train, tolerate_exit, weights
-from tests.train.test_refusals import _refused
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_targets_without_what_they_need(given, case):
     wrong, words = REFUSALS[case]
-    ((status, text),) = _refused(1, flags(*given, **wrong))
+    ((status, text),) = refused(1, flags(*given, **wrong))
     assert status == 2 and len(text.splitlines()) == 1, text
     for word in words:
         assert word in text

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.cluster.runs import run
+from tests.recovery.runs import run
 from tests.train.launch import flags
 
 

@@ -4,33 +4,9 @@ import json
 
 import pytest
 
+from tests.flags.refused import refused
 from tests.ranks import run_ranks
 from tests.train.launch import flags
-
-
-def _refused(world_size, argv):
-    return run_ranks(_rank, world_size, argv, init=False)
-
-
-def _rank(argv):
-    import contextlib
-    import io
-
-    from megatron_dft import train
-    from megatron_dft.training import model
-
-    def built(*args, **kwargs):
-        raise AssertionError("a model was built")
-
-    model.model_config = built
-    text = io.StringIO()
-    with contextlib.redirect_stderr(text):
-        try:
-            status = train.main(argv)
-        except SystemExit as exit:  # argparse
-            status = exit.code
-    return status, text.getvalue()
-
 
 CASES = {
     "no such directory": (dict(hf_model="/nowhere/model"), ["/nowhere/model"]),
@@ -92,7 +68,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_in_one_line(case, tiny_model, chats):
     given, words = CASES[case]
-    ((status, text),) = _refused(1, flags(tiny_model, chats, **given))
+    ((status, text),) = refused(1, flags(tiny_model, chats, **given))
     assert status == 2, text
     line = text.strip().splitlines()[-1]
     assert "Traceback" not in text
@@ -125,7 +101,7 @@ LAYOUTS = {
 def test_layouts_that_do_not_divide(case, tiny_model, chats):
     world_size, given, words = LAYOUTS[case]
     given = {"global_batch_size": 24, "micro_batch_size": 1, **given}
-    results = _refused(world_size, flags(tiny_model, chats, **given))
+    results = refused(world_size, flags(tiny_model, chats, **given))
     assert [status for status, _ in results] == [2] * world_size
     for word in words:
         assert word in results[0][1], results[0][1]
@@ -153,7 +129,7 @@ def test_a_bad_row_is_named_by_file_and_line(case, tiny_model, tmp_path):
     argv = flags(
         tiny_model, tmp_path / "chats.jsonl", save_hf=out, save=tmp_path / "save", save_interval=9
     )
-    ((status, text),) = _refused(1, argv)
+    ((status, text),) = refused(1, argv)
     assert status == 2
     for word in words:
         assert word in text, text
@@ -178,7 +154,7 @@ def test_a_faulty_model_directory(case, tiny_model, chats, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / name).write_text(text)
-    ((status, said),) = _refused(1, flags(model, chats))
+    ((status, said),) = refused(1, flags(model, chats))
     assert status == 2
     for word in words:
         assert word in said, said
@@ -187,7 +163,7 @@ def test_a_faulty_model_directory(case, tiny_model, chats, tmp_path):
 def test_an_existing_export_is_not_overwritten(tiny_model, chats, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    ((status, text),) = _refused(1, flags(tiny_model, chats, save_hf=tmp_path / "out"))
+    ((status, text),) = refused(1, flags(tiny_model, chats, save_hf=tmp_path / "out"))
     assert status == 2 and "--overwrite" in text
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.train.launch import flags, run_train, weights
-from tests.train.test_run import _scalars
+from tests.train.launch import flags, run_train, scalars, weights
 
 LAYOUTS = {
     "tp2": dict(tensor_model_parallel_size=2),
@@ -34,7 +33,7 @@ def test_logged_drift_is_that_of_the_export(tiny_model, chats, tmp_path, layout)
     )
     run_train(2, *argv)
     norm, relative, same = _offline(weights(tiny_model), weights(tmp_path / "out"))
-    logged = _scalars(tmp_path / "log")
+    logged = scalars(tmp_path / "log")
     assert logged["drift/model/update_norm"] == pytest.approx(norm, rel=1e-4)
     assert logged["drift/model/relative_norm"] == pytest.approx(relative, rel=1e-4)
     assert logged["drift/model/unchanged_bf16"] == pytest.approx(same, abs=1e-6)

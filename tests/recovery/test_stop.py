@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import assert_same_tensors, run
+from tests.recovery.runs import assert_same_tensors, run
 from tests.train.launch import flags
 
 LAYOUTS = {

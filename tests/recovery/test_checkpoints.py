@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from tests.cluster.runs import run
 from tests.ranks import run_ranks
+from tests.recovery.runs import run
 from tests.train.launch import flags
 
 FILES = {"__0_0.distcp": b"weights" * 9, "__1_0.distcp": b"moments" * 9, "metadata.json": b"{}"}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_dft.lens.parameters import all_labels, layer_labels, tracked_parameters
 from megatron_dft.lens.tracker import TrackedParameter, UpdateTracker
 from tests.drift.reference import perturbed, statistics, write
-from tests.drift.test_statistics import report
+from tests.drift.reports import report
 from tests.hf.tiny import make_tiny
 from tests.ranks import run_ranks
 
