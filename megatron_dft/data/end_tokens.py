@@ -31,6 +31,18 @@ def end_tokens(stores: Iterable[TokenStore], spec: EncoderSpec) -> tuple[int, ..
     return tuple(sorted(found))
 
 
+def end_tokens_of_rows(
+    rows: Iterable[tuple[np.ndarray, np.ndarray]], spec: EncoderSpec
+) -> tuple[int, ...]:
+    """The same of (ids, whether they train), as scored_text gives them."""
+    special = special_ids(spec)
+    found: set[int] = set()
+    for ids, trains in rows:
+        flagged = ids.astype(np.uint32) | np.where(trains, SUPERVISED, np.uint32(0))
+        found |= _ends(flagged, np.array([len(ids)]), special)
+    return tuple(sorted(found))
+
+
 def probe_end_tokens(spec: EncoderSpec) -> tuple[int, ...]:
     """What the template puts behind the turns of a plain conversation, where there is no data."""
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]

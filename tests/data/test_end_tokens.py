@@ -71,7 +71,7 @@ def test_verbatim_text_ends_with_the_tokenizers_eos(tmp_path):
 VARIABLES = {
     "think": False,
     "nothing": None,
-    "style": "süß \"quoted\" {{ x }}\n\U0001f642",
+    "style": 'süß "quoted" {{ x }}\n\U0001f642',
     "depth": {"a": [1, 2.5, True], "b c": None},
     "not-a-name": 1,
 }
@@ -83,7 +83,9 @@ READS = (
 )
 
 
-@pytest.mark.parametrize("start", ["", "\n", "  ", "  {% if true %}\n x{% endif %}", "\n\n{# c #}\n"])
+@pytest.mark.parametrize(
+    "start", ["", "\n", "  ", "  {% if true %}\n x{% endif %}", "\n\n{# c #}\n"]
+)
 def test_a_template_renders_by_itself_as_it_did_with_its_variables(start):
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": "hi"}]
@@ -113,6 +115,8 @@ def test_flags_of_ends_fit_any_slice():
         expected = set()
         for at in range(n):
             if trains[at] and (at + 1 == n or not trains[at + 1]):
-                back = [i for i in (at, at - 1, at - 2) if i >= 0 and ids[i] in special and trains[i]]
+                back = [
+                    i for i in (at, at - 1, at - 2) if i >= 0 and ids[i] in special and trains[i]
+                ]
                 expected |= {int(ids[back[0]])} if back else set()
         assert module._ends(flagged, np.array([n]), special) == expected
