@@ -30,7 +30,7 @@ def make_model(directory: Path, size: str) -> int:
     """Write the random model tensor by tensor; returns the bytes of its weights."""
     import torch
 
-    from megatron_dft.storage.safetensors import Writer
+    from megatron_dft.storage.safetensors_writer import Writer
 
     hidden, ffn, layers, heads, groups, tied = SHAPES[size]
     width = hidden // heads

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from megatron_dft.data import scored_text
-from megatron_dft.data.end_tokens import end_tokens_of_rows
+from megatron_dft.data.end_tokens import probe_end_tokens
 from megatron_dft.data.schema import FORMATS
 from megatron_dft.data.tokenizer import encoder_spec
 from megatron_dft.drift import diagnosis_report
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     print(f"diagnose: {len(rows):,} conversations of {total:,}", file=sys.stderr)
     scores = list(score(model, windows(rows, args.window)))
-    ends = end_tokens_of_rows(rows, encoder_spec(tokenizer))
+    # Verbatim text ends with the tokenizer's own, chats with the template's.
+    ends = [*probe_end_tokens(encoder_spec(tokenizer))]
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
     special = frozenset(tokenizer.all_special_ids)
     result = diagnose(scores, lambda i: tokenizer.decode([i]), special, ends)
     notes = []

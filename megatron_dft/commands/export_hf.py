@@ -9,10 +9,9 @@ from megatron_dft.data.end_tokens import probe_end_tokens
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
 from megatron_dft.hf import bridge, companions
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.dtypes import WORDS, dtype_word
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="of all tensors; default: as in the base model"
+        "--dtype",
+        type=dtype_word,
+        choices=tuple(WORDS),
+        help="of all tensors; default: as in the base model",
     )
     parser.add_argument(
         "--chat-template",
@@ -45,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()
-    import torch
-
     from megatron_dft.hf.card import model_card
     from megatron_dft.hf.convert_export import export_checkpoint, find_iteration, training_args
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             source,
             base,
             args.out,
-            dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
+            dtype=WORDS[args.dtype] if args.dtype else None,
             overwrite=args.overwrite,
             card=card,
             chat=chat,

@@ -8,13 +8,13 @@ byte, one that the diff was checked against, and it is taken back only from what
 import argparse
 import contextlib
 import hashlib
-import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_dft.storage.files import write_whole
 
 SUMMARY = "put --loss into the pretrain_gpt.py of a stock Megatron-LM checkout, or take it out"
 
@@ -153,22 +153,6 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Give the file this content in one step: a reader sees the old one or the new one, whole."""
-    target = path.resolve()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, target.stat().st_mode & 0o7777)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `megatron-dft patch`."""
     parser.add_argument(
@@ -197,11 +181,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"{script}: {name} {'is applied' if applied else 'would apply'}")
         elif args.revert:
             if applied:
-                replace_file(script, patch.revert(content))
+                write_whole(script.resolve(), patch.revert(content))
             print(f"{script}: {name} {'taken out' if applied else 'is not applied'}")
         else:
             if not applied:
-                replace_file(script, patch.apply(content))
+                write_whole(script.resolve(), patch.apply(content))
             print(f"{script}: {name} {'was applied before' if applied else 'applied'}")
             print(f"torchrun ... {script} --loss dft; the objectives: patches/README.md")
     return 0

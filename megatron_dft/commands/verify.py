@@ -59,7 +59,10 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
     with skeleton.single_process():
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         model = skeleton.build(open_checkpoint(hf_directory), device="cpu").float().eval()
-        content = dist_checkpointing.load_content_metadata(source) or skeleton.CONTENT
+        content = (
+            dist_checkpointing.load_common_state_dict(source).get("content_metadata")
+            or skeleton.CONTENT
+        )
         state = {"model": model.sharded_state_dict(metadata=skeleton.with_groups(content))}
         model.load_state_dict(dist_checkpointing.load(state, source)["model"])
         positions = torch.arange(ids.shape[1])[None]

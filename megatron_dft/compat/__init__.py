@@ -8,6 +8,7 @@ replaces nothing else.
 _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_TORCH = "torch.distributed.checkpoint"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
 
 WRAPPED: dict[str, str] = {
@@ -38,6 +39,14 @@ WRAPPED: dict[str, str] = {
     f"{_OPTIMIZER}.state_dict": "torch's Adam has counted no step when it is resumed",
     f"{_OPTIMIZER}.load_state_dict": "torch's Adam resumes with its true count",
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
+    # a checkpoint's pickles
+    "torch:load": "weights_only, with Megatron's classes: nothing that a file names is run",
+    f"{_TORCH}.filesystem:FileSystemReader.read_metadata": "the table is built of listed classes",
+    f"{_TORCH}.default_planner:DefaultLoadPlanner.load_bytes": "a refused byte entry is named",
+    "megatron.core.dist_checkpointing.core:maybe_load_config": "a bad metadata.json is one line",
+    "megatron.core.dist_checkpointing:load_common_state_dict": "a refused common state is one line",
+    "megatron.core.dist_checkpointing:load": "all ranks refuse what one of them refuses",
+    f"{_CHECKPOINTING}:_get_checkpoint_format": "--load takes torch_dist alone",
     # conversion
     "torch.cuda:current_device": "a skeleton's rotary tables need no GPU",
 }

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.readers import open_dataset
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.tables import open_dataset
+from megatron_dft.storage.files import sha256_of_file, write_whole
 
 # Raise it whenever the same rows would give other tokens or masks.
-VERSION = 1
+VERSION = 2
 # A file changed this recently may change again within its timestamp's resolution.
 _SETTLED_SECONDS = 2.0
 
@@ -45,6 +46,7 @@ def store_parts(
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
+        "chat_drops": spec.drops,
     }
 
 
@@ -64,22 +66,10 @@ def content_hash(path: Path, cache: Path | None) -> str:
             known = json.loads(note.read_text())
             if known["identity"] == identity:
                 return known["sha256"]
-    with open(path, "rb") as file:
-        value = hashlib.file_digest(file, "sha256").hexdigest()
+    value = sha256_of_file(path)
     if note is not None and settled:
-        write_atomically(note, json.dumps({"identity": identity, "sha256": value}))
+        write_whole(note, json.dumps({"identity": identity, "sha256": value}))
     return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old or its new content, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from megatron_dft.drift import plots
 from megatron_dft.drift.diagnosis import BINS, LOW, SURE_NATS
 from megatron_dft.drift.page import Picture, Section, Table, render
-from megatron_dft.drift.report import write_file
+from megatron_dft.storage.files import write_whole
 
 _FIELDS = (
     "tokens",
@@ -157,11 +157,11 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def write(directory: Path, result: dict[str, Any]) -> None:
     """diagnosis.json, diagnosis.html and its pictures."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "diagnosis.json", json.dumps(result, indent=1, allow_nan=False))
+    write_whole(directory / "diagnosis.json", json.dumps(result, indent=1, allow_nan=False))
     parts = sections(result)
     for part in parts:
         for picture in part.pictures:
-            write_file(directory / picture.name, picture.png)
+            write_whole(directory / picture.name, picture.png)
     subtitle = f"model {result.get('model', '')} · data {result.get('data', '')}"
     page = render("Is DFT the right loss for this data?", subtitle, parts)
-    write_file(directory / "diagnosis.html", page)
+    write_whole(directory / "diagnosis.html", page)

@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_dft.drift import plots, retention_report
 from megatron_dft.drift.page import Picture, Section, Table, render
+from megatron_dft.storage.files import read_json_object, write_whole
 
 _COLUMNS = (
     "parameters",
@@ -31,14 +31,6 @@ _TENSOR_COLUMNS = (
     "top_singular_share",
     "top4_singular_share",
 )
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none: a report cut by a full disk must not look like one."""
-    temporary = path.with_name(path.name + ".partial")
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def to_csv(report: dict[str, Any]) -> str:
@@ -159,12 +151,12 @@ def write(directory: Path, drift: dict[str, Any] | None, retention: dict[str, An
     for name, half in halves.items():
         file = directory / f"{name}.json"
         if half is not None:
-            write_file(file, json.dumps(half, indent=1, allow_nan=False))
+            write_whole(file, json.dumps(half, indent=1, allow_nan=False))
         elif file.is_file():
-            halves[name] = json.loads(file.read_text(encoding="utf-8"))
+            halves[name] = read_json_object(file)
     parts: list[Section] = []
     if (found := halves["drift"]) is not None:
-        write_file(directory / "drift.csv", to_csv(found))
+        write_whole(directory / "drift.csv", to_csv(found))
         parts += sections(found)
     if (found := halves["retention"]) is not None:
         kept = retention_report.sections(found)
@@ -173,9 +165,9 @@ def write(directory: Path, drift: dict[str, Any] | None, retention: dict[str, An
         parts = parts or kept
     for part in parts:
         for picture in part.pictures:
-            write_file(directory / picture.name, picture.png)
+            write_whole(directory / picture.name, picture.png)
     source = halves["drift"] or halves["retention"] or {}
     title = f"What fine-tuning did to {Path(str(source.get('base', 'the model'))).name}"
     tuned = ", ".join(f"{k} = {v}" for k, v in source.get("tuned", {}).items())
     subtitle = f"base {source.get('base', '')} · {tuned}"
-    write_file(directory / "report.html", render(title, subtitle, parts))
+    write_whole(directory / "report.html", render(title, subtitle, parts))

@@ -3,13 +3,13 @@
 import argparse
 from typing import Any
 
+from megatron_dft.data.spec import KIND_END, KIND_WRITTEN
 from megatron_dft.losses import registry
 from megatron_dft.losses.refusals import flag_of
 from megatron_dft.losses.registry import Objective
 from megatron_dft.losses.token_stats import REFERENCE_STATISTICS, VOCABULARY_STATISTICS
 
-# Bits of the rows' token_kinds (data/rows.py), and those whose tokens take weight 1.
-KIND_WRITTEN, KIND_END = 1, 2
+# The kinds of tokens (bits of the rows' token_kinds) that take weight 1.
 FULL_WEIGHT = {"none": 0, "end": KIND_END, "template": KIND_WRITTEN | KIND_END}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.dtypes import WORDS, dtype_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--save-hf-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        type=dtype_word,
+        choices=tuple(WORDS),
         help="dtype of the written weights; default: that of the base checkpoint",
     )
     group.add_argument(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.hf.source import HFCheckpoint, read_json
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.files import read_json_object
 
 GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -58,7 +59,7 @@ def check(checkpoint: HFCheckpoint) -> None:
     """Raise ValueError, before a run has cost anything, for files that no export can be made of."""
     _base_generation(checkpoint)
     if (checkpoint.path / _TOKENIZER_CONFIG).is_file():
-        _json_object(checkpoint.path / _TOKENIZER_CONFIG)
+        read_json_object(checkpoint.path / _TOKENIZER_CONFIG)
 
 
 def write(checkpoint: HFCheckpoint, target: Path, chat: TrainedChat | None) -> None:
@@ -96,7 +97,7 @@ def _base_generation(checkpoint: HFCheckpoint) -> tuple[dict[str, Any], list[int
     """(generation settings, the ids that end a text) of the base."""
     file = checkpoint.path / GENERATION
     if file.is_file():
-        settings = _json_object(file)
+        settings = read_json_object(file)
         return settings, _ids(settings.get("eos_token_id"), file)
     config = checkpoint.config
     settings = {
@@ -121,19 +122,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {_short(found)}; mend the file")
-    return found
-
-
 def _brings_code(checkpoint: HFCheckpoint) -> bool:
     """Whether config.json or the tokenizer names Python code beside it (auto_map)."""
     if "auto_map" in checkpoint.config:
         return True
     file = checkpoint.path / _TOKENIZER_CONFIG
-    return file.is_file() and "auto_map" in _json_object(file)
+    return file.is_file() and "auto_map" in read_json_object(file)
 
 
 def _copy(source: Path, pattern: str, target: Path) -> None:
@@ -156,7 +150,7 @@ def _write_templates(templates: Mapping[str, str], target: Path) -> None:
         file.write_text(text, encoding="utf-8", newline="")
     config = target / _TOKENIZER_CONFIG
     if config.is_file():
-        settings = _json_object(config)
+        settings = read_json_object(config)
         # Programs that know only this place are to find the template too, where there was one.
         if settings.pop("chat_template", None) is not None:
             settings["chat_template"] = _as_entry(templates)

@@ -8,16 +8,15 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.storage.safetensors import TensorInfo, read_header
-
-INDEX = "model.safetensors.index.json"
+from megatron_dft.storage.files import flush
+from megatron_dft.storage.model_files import INDEX
+from megatron_dft.storage.safetensors import StoredTensor, read_header
 
 
 def staging_path(out_dir: Path) -> Path:
@@ -62,7 +61,7 @@ def finish(
     were trained with; None where nothing was. Raises ValueError when
     they do not hold every tensor of the base checkpoint in its shape.
     """
-    written: dict[str, TensorInfo] = {}
+    written: dict[str, StoredTensor] = {}
     for file in files:
         written.update(read_header(staging / file))
     _compare(checkpoint, written)
@@ -83,21 +82,15 @@ def discard(staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def flush(files: Iterable[Path]) -> None:
-    """Bring weight files that another library wrote to the disk."""
-    for file in files:
-        _flush(file)
-
-
 def publish(staging: Path, out_dir: Path) -> None:
     """Flush all but the weight files (flushed as they were closed) and rename into place."""
     for path in [*staging.rglob("*"), staging]:
         if path.suffix not in (".safetensors", ".distcp"):
-            _flush(path)
+            flush(path)
     _replace(staging, out_dir)
 
 
-def _compare(checkpoint: HFCheckpoint, written: dict[str, TensorInfo]) -> None:
+def _compare(checkpoint: HFCheckpoint, written: dict[str, StoredTensor]) -> None:
     from megatron_dft.hf.families import optional_tensors
 
     optional = optional_tensors(checkpoint)
@@ -123,14 +116,6 @@ def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | 
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _replace(staging: Path, out_dir: Path) -> None:
     if out_dir.exists() and any(out_dir.iterdir()):
         if _exchange(staging, out_dir):
@@ -142,7 +127,7 @@ def _replace(staging: Path, out_dir: Path) -> None:
             shutil.rmtree(old)
     else:
         os.rename(staging, out_dir)
-    _flush(out_dir.parent)
+    flush(out_dir.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -11,7 +11,7 @@ from megatron_dft.hf.collective import gather, raise_together
 from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.storage.safetensors import Writer
+from megatron_dft.storage.safetensors_writer import Writer
 
 MAX_FILE_BYTES = 5 * 10**9
 

@@ -3,16 +3,16 @@
 Nothing of the model is read here but config.json and the headers of the safetensors files.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.safetensors import TensorInfo, read_header
+from megatron_dft.storage.files import read_json_object
+from megatron_dft.storage.model_files import read_directory
+from megatron_dft.storage.safetensors import StoredTensor
 
-_INDEX = "model.safetensors.index.json"
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.
 _HUB_PATTERNS = [
     "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
@@ -35,7 +35,7 @@ class HFCheckpoint:
     name: str
     revision: str | None
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo] = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(repr=False)
 
     @property
     def architecture(self) -> str:
@@ -64,14 +64,6 @@ def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def read_json(file: Path) -> Any:
-    """Raises ValueError in one line for a file that is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
-
-
 def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | None]:
     """Download (or find in the cache) a hub repository; returns its directory and the commit."""
     from huggingface_hub import snapshot_download
@@ -91,9 +83,7 @@ def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | Non
     return path, path.name  # the cache names a snapshot's directory after the commit
 
 
-def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}/config.json: expected a JSON object")
+def _check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
     if "auto_map" in config and not trust_remote_code:
         raise ValueError(
             f"{path}/config.json asks to run Python code of its own (auto_map); nothing of it was "
@@ -110,55 +100,6 @@ def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
             f"{path}: the weights are quantised (quantization_config in config.json); give the "
             "unquantised checkpoint, or dequantise it and remove that entry"
         )
-
-
-def _index(path: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> place, from the index or the single file; see `open_checkpoint` for errors."""
-    if (path / _INDEX).exists():
-        weight_map = read_json(path / _INDEX)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path}/{_INDEX}: has no 'weight_map'")
-        files = sorted({str(f) for f in weight_map.values()})
-        for file in files:
-            if os.path.basename(file) != file or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{path}/{_INDEX} names the file {file!r}; only *.safetensors files beside the "
-                    "index are read"
-                )
-    elif (path / "model.safetensors").exists():
-        files, weight_map = ["model.safetensors"], None
-    else:
-        pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(
-            p.name for p in path.glob("*.pt*")
-        )
-        if pickled:
-            raise ValueError(
-                f"{path}: only pickled weights ({pickled[0]}), which can run code when loaded; not "
-                "read. Convert them where that is safe: "
-                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) writes safetensors"
-            )
-        raise ValueError(f"{path}: no model.safetensors and no {_INDEX}; is the download complete?")
-    found: dict[str, TensorInfo] = {}
-    for file in files:
-        if not (path / file).is_file():
-            raise ValueError(f"{path}/{_INDEX} names {file}, which is missing; fetch it again")
-        for name, info in read_header(path / file).items():
-            if name in found:
-                raise ValueError(
-                    f"{path}: tensor {name!r} is in {found[name].file.name} and {file}"
-                )
-            found[name] = info
-    if weight_map is not None:
-        # A name that lies in no file at all may be one that no parameter is made of: whoever needs
-        # it says that it is missing.
-        for name, file in weight_map.items():
-            if name in found and found[name].file.name != file:
-                raise ValueError(
-                    f"{path}/{_INDEX}: expected tensor {name!r} in {file}, it is in "
-                    f"{found[name].file.name}; fetch the files again"
-                )
-    return found
 
 
 def open_checkpoint(
@@ -183,6 +124,6 @@ def open_checkpoint(
         raise ValueError(f"--hf-revision {revision}: {path} is a directory, which has no revisions")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json; expected a Hugging Face model directory")
-    config = read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     _check_config(path, config, trust_remote_code)
-    return HFCheckpoint(path, os.fspath(name_or_path), commit, config, _index(path))
+    return HFCheckpoint(path, os.fspath(name_or_path), commit, config, read_directory(path))

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import manifest
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage.files import write_whole
 
 
 def _rank() -> int:

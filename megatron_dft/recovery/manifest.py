@@ -6,25 +6,19 @@ by all nodes at once and not by one process. Megatron's own --verify-integrity h
 everything.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage.files import flush, sha256_of_file, write_whole
+from megatron_dft.storage.torch_dist import TRACKER as TRACKER
+from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
 FILE_NAME = "megatron_dft.json"
-TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 _WRITTEN_BY = re.compile(r"__(\d+)_")
-
-
-def iteration_directory(root: Path, iteration: int) -> Path:
-    """Megatron's name for a checkpoint of `root`."""
-    return root / f"iter_{iteration:07d}"
 
 
 def iterations(root: Path) -> list[int]:
@@ -36,13 +30,8 @@ def iterations(root: Path) -> list[int]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        # What the manifest vouches for has to be on the disk before it.
-        os.fsync(file.fileno())
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    flush(path)  # what the manifest vouches for has to be on the disk before it
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
@@ -94,9 +83,7 @@ def problems(directory: Path, content: dict[str, Any], rank: int, world_size: in
             if size != expected["bytes"]:
                 found.append(f"{name} has {size} bytes, not {expected['bytes']}")
                 continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected["sha256"]:
+            if sha256_of_file(path) != expected["sha256"]:
                 found.append(f"{name} does not have its checksum")
         except FileNotFoundError:
             found.append(f"{name} is missing")

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dft.recovery import manifest
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage.files import write_whole
 
 
 class ResumeError(ValueError):

@@ -23,6 +23,7 @@ from megatron_dft.recovery import (
     stop,
 )
 from megatron_dft.recovery.watchdog import Watchdog
+from megatron_dft.storage.safe_pickle import UnsafeFileError
 
 
 class _Run:
@@ -171,7 +172,7 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         dist.barrier()
         if rank == "0":
             status.record("finished", args.train_iters)
-    except resume.ResumeError as error:
+    except (resume.ResumeError, UnsafeFileError) as error:
         if rank == "0":
             print(f"{socket.gethostname()}: error: {error}", file=sys.stderr, flush=True)
             status.record("refused", str(error))

@@ -64,8 +64,8 @@ class MicroBatch:
 
     reference_log_prob  fp32 [b, s]: with stored scores from the start, with a frozen model once it
                         has run; None where nothing is compared
-    token_kinds         uint8 [b, s], bits of flags/objective.py: what ends a turn, what the chat
-                        template wrote; None where the data does not say
+    token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
+                        wrote; None where the data does not say
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation

@@ -11,6 +11,9 @@ from typing import Any
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.flags.settings import settings
+from megatron_dft.storage.dtypes import trained_word
+from megatron_dft.storage.files import read_json_object, sha256_of_file
+from megatron_dft.storage.torch_dist import read_tracker
 
 # Of each weight file this many blocks of this many bytes are read to tell one model from another.
 _BLOCKS, _BLOCK_BYTES = 32, 1 << 16
@@ -36,7 +39,7 @@ def run_identity() -> dict[str, Any]:
 
 
 def _model(directory: Path) -> dict[str, Any]:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(directory / "config.json")
     return {name: value for name, value in config.items() if name not in _NOT_THE_MODEL}
 
 
@@ -44,17 +47,15 @@ def _hashes(directory: Path) -> dict[str, str]:
     found = {}
     for name in _TOKENIZER_FILES:
         if (directory / name).is_file():
-            with (directory / name).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            found[name] = sha256_of_file(directory / name)[:32]
     return found
 
 
 def model_identity(args: Any) -> dict[str, Any]:
     """What is scored: equal for equal weights and dtype, but for its `name`."""
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    dtype = trained_word(args)
     if checkpoint_exists(args.load):
-        tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-        step = args.ckpt_step or tracker.read_text().strip()
+        step = args.ckpt_step or read_tracker(Path(args.load))
         return {"name": args.load, "weights": f"{Path(args.load).resolve()} at {step}",
                 "dtype": dtype}  # fmt: skip
     checkpoint = settings().checkpoint

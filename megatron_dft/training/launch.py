@@ -12,12 +12,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, release
+from megatron_dft.compat import hooks, release, safe_load
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
+from megatron_dft.storage.safe_pickle import UnsafeFileError
 
 
 def launch(
@@ -41,13 +42,20 @@ def launch(
         args = configure(sys.argv[1:], prepare, scoring)
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
-        if _is_first_local_rank():
-            print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        if os.environ.get("RANK", "0") == "0":
-            status.record("refused", one_line(error))
-        return REFUSED
-    work(args)
+        return _refuse(error)
+    try:
+        work(args)
+    except UnsafeFileError as error:
+        return _refuse(error)
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    if _is_first_local_rank():
+        print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        status.record("refused", one_line(error))
+    return REFUSED
 
 
 def configure(
@@ -76,6 +84,8 @@ def configure(
 
     hooks.check_release()
     release.skip_built_helpers()
+    safe_load.install()
+    safe_load.only_torch_dist()
     # Megatron's parse_and_validate_args with one step more: the data is read before
     # set_global_variables opens the first file to write.
     args = parse_args(

@@ -18,6 +18,7 @@ from megatron_dft.hf.padding import mask_padded_vocab
 from megatron_dft.lens.run import Lens, is_wanted
 from megatron_dft.step.logits_probe import LogitsProbe
 from megatron_dft.step.self_test import check_gradient, check_head_gradient
+from megatron_dft.storage.dtypes import WORDS, trained_word
 from megatron_dft.training import fake_quantize
 from megatron_dft.training.reference_model import ReferenceModel
 
@@ -92,7 +93,7 @@ def prepare(chunks: list[Any], args: Any) -> None:
         if chosen.vocab_size is not None:
             mask_padded_vocab(chunk, chosen.vocab_size)
         LogitsProbe(chunk, chosen.objective, args.dft_mtp)
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        dtype = WORDS[trained_word(args)]
         test = (chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype)
         if args.loss_chunk_size is None:
             error = check_gradient(*test)

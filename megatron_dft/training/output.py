@@ -1,12 +1,10 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
-import hashlib
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.training import get_tensorboard_writer
 
@@ -14,6 +12,8 @@ from megatron_dft.compat.loop import after_training_step, on_training_log, sync_
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.storage.dtypes import WORDS
+from megatron_dft.storage.files import sha256_of_file
 from megatron_dft.training.end_watch import EndWatch
 from megatron_dft.training.model import ModelHandle
 from megatron_dft.training.progress import Progress, choose
@@ -98,7 +98,7 @@ class Output:
             self.handle.chunks,
             checkpoint,
             directory,
-            dtype=getattr(torch, name) if name else None,
+            dtype=WORDS[name] if name else None,
             overwrite=self.args.overwrite,
             card=self._card(metrics[0]) if dist.get_rank() == 0 else None,
             chat=trained_chat(self.args),
@@ -114,15 +114,15 @@ class Output:
             checkpoint,
             objective=objective.name,
             parameters={**objective.values, **chosen},
-            data={name: _sha256(name) for name in self.args.train_data or ()},
+            data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
             command=shlex.join(sys.argv),
         )
 
 
-def _sha256(source: str) -> str:
+def _content(source: str) -> str:
+    """SHA-256 of a source that is one file."""
     path = Path(source.split(":", 1)[-1])
     if not path.is_file():
         return "not one file"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(path)

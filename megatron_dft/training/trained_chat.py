@@ -39,5 +39,5 @@ def _found(args: Any, train: ChatDataset) -> dict[str, Any]:
         templates = {name: with_defaults(t, variables) for name, t in spec.templates.items()}
     return {
         "templates": templates,
-        "end_tokens": list(end_tokens(train.conversations.stores, spec)),
+        "end_tokens": list(end_tokens(train.conversations.stores)),
     }

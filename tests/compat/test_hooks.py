@@ -1,6 +1,5 @@
 """Replacing a function of somebody else: composed, repeatable, reversible, loud where it moved."""
 
-import json
 import sys
 import types
 

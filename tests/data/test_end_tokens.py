@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from megatron_dft.data import end_tokens as module
@@ -44,7 +43,7 @@ def spec_of(template=None):
 def test_the_usual_end_and_no_special_token_within_an_answer(tmp_path):
     spec = spec_of()
     found = stores(tmp_path / "a.jsonl", [chat("a<|pad|>b", "c")], spec)
-    assert end_tokens(found, spec) == (END,)
+    assert end_tokens(found) == (END,)
     assert probe_end_tokens(spec) == (END,)
 
 
@@ -54,8 +53,8 @@ def test_an_end_that_one_row_in_many_has(width, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SLICE_TOKENS", width)
     spec = spec_of(TWO_ENDS)
     rows = [chat("a", "b"), chat("call", "done"), chat("c")]
-    assert end_tokens(stores(tmp_path / "a.jsonl", rows, spec), spec) == (PAD, END)
-    assert end_tokens(stores(tmp_path / "b.jsonl", rows[:1], spec), spec) == (END,)
+    assert end_tokens(stores(tmp_path / "a.jsonl", rows, spec)) == (PAD, END)
+    assert end_tokens(stores(tmp_path / "b.jsonl", rows[:1], spec)) == (END,)
     assert probe_end_tokens(spec) == (END,)
 
 
@@ -65,7 +64,7 @@ def test_verbatim_text_ends_with_the_tokenizers_eos(tmp_path):
     tokenizer.eos_token = "<|pad|>"
     spec = encoder_spec(tokenizer)
     rows = [{"prompt": "", "completion": "ab"}, {"prompt": "x", "completion": "y"}]
-    assert end_tokens(stores(tmp_path / "a.jsonl", rows, spec), spec) == (PAD,)
+    assert end_tokens(stores(tmp_path / "a.jsonl", rows, spec)) == (PAD,)
 
 
 VARIABLES = {
@@ -102,21 +101,3 @@ def test_a_template_renders_by_itself_as_it_did_with_its_variables(start):
     assert "off" in render(alone) and "off" not in render(alone, think=True)
     assert render(alone, think=True) == render(plain, **(named | {"think": True}))
     assert with_defaults(plain, {}) == plain
-
-
-def test_flags_of_ends_fit_any_slice():
-    """Against the definition, token by token."""
-    draw = np.random.default_rng(0)
-    special = np.array([5, 6])
-    for _ in range(200):
-        n = int(draw.integers(1, 12))
-        ids, trains = draw.integers(4, 8, n), draw.random(n) < 0.6
-        flagged = ids.astype(np.uint32) | np.where(trains, module.SUPERVISED, 0).astype(np.uint32)
-        expected = set()
-        for at in range(n):
-            if trains[at] and (at + 1 == n or not trains[at + 1]):
-                back = [
-                    i for i in (at, at - 1, at - 2) if i >= 0 and ids[i] in special and trains[i]
-                ]
-                expected |= {int(ids[back[0]])} if back else set()
-        assert module._ends(flagged, np.array([n]), special) == expected

@@ -21,12 +21,14 @@ def test_options_are_keywords_of_build_dataset(tmp_path, monkeypatch):
         "--data-errors", "skip", "--max-bad-rows", "3", "--data-cache", str(tmp_path),
         "--chat-template-args", '{"enable_thinking": false}', "--template-date", "2024-07-26",
         "--chat-rewrites", "refuse", "--data-format", "alpaca", "--data-workers", "2",
+        "--chat-drops", "warn",
     )  # fmt: skip
     options = flags.dataset_options(args)
     assert options == dict(
         packing=False, overlong="truncate", errors="skip", max_bad_rows=3.0, cache_dir=tmp_path,
         data_format="alpaca", template_args={"enable_thinking": False},
         template_date="2024-07-26", rewrites="refuse", workers=2,
+        drops="warn", valid_share=0.0,
     )  # fmt: skip
     assert set(options) <= set(inspect.signature(build_dataset).parameters)
     assert args.train_data == ["0.5:a.jsonl", "2:b.parquet"]
