@@ -114,7 +114,7 @@ def test_it_counts_as_megatrons_scheduler_does():
         }
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_tenth_of_the_rate_is_a_tenth_of_the_step(distributed, tiny_model, chats, tmp_path):
     """Adam's update is proportional to the rate: moments and weights are the checkpoint's."""
     common = dict(train_iters=3, save=tmp_path / "c", use_distributed_optimizer=distributed)
