@@ -56,20 +56,30 @@ def digest(value: Any) -> str:
 
 
 def content_hash(path: Path, cache: Path | None) -> str:
-    """SHA-256 of a file; remembered by name, size, inode and time of change in the cache."""
+    """SHA-256 of a file; remembered by name, size, inode and times of change in the cache.
+
+    The time of modification can be set back (cp -p, touch -r), that of the inode's change cannot.
+    """
     status = os.stat(path)
-    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
-    settled = time.time() - status.st_mtime > _SETTLED_SECONDS
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, *times]
+    settled = time.time() - max(times) / 1e9 > _SETTLED_SECONDS
     note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
     if note is not None and settled and note.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, OSError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
             known = json.loads(note.read_text())
             if known["identity"] == identity:
                 return known["sha256"]
     value = sha256_of_file(path)
     if note is not None and settled:
-        write_whole(note, json.dumps({"identity": identity, "sha256": value}))
+        with contextlib.suppress(OSError):  # it is hashed again at the next start
+            write_whole(note, json.dumps({"identity": identity, "sha256": value}))
     return value
+
+
+def _no_link(path: str, flags: int) -> int:
+    """What a link in a lock's place leads to would be emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextlib.contextmanager
@@ -79,14 +89,9 @@ def locked(target: Path) -> Iterator[None]:
     Raises ValueError where the cache directory cannot be written or has no file locks.
     """
     path = target.with_name(target.name + ".lock")
-    try:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise ValueError(
-            f"--data-cache: {str(path.parent)!r} cannot be written: {error.strerror}; choose "
-            "another directory"
-        ) from None
+        file = open(path, "w", opener=_no_link)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -97,6 +102,18 @@ def locked(target: Path) -> Iterator[None]:
             ) from None
         _sweep(target)
         yield
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raises ValueError where a cache turns out to be read-only, full, or no directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache: {str(directory)!r} cannot be written: {error.strerror}; choose "
+            "another directory"
+        ) from None
 
 
 def partial_path(target: Path) -> Path:

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.dialect import Dialect
 from megatron_dft.data.sentinels import Drops
@@ -26,6 +24,10 @@ from megatron_dft.data.spec import END, WRITTEN, EncoderSpec
 from megatron_dft.data.template import ChatTemplate, Span, TemplateError
 from megatron_dft.data.turn_end import TurnEnds
 from megatron_dft.data.written import written
+
+# [start, end) and the flags of its tokens: spec.WRITTEN, or spec.END and WRITTEN.
+Kind = tuple[int, int, int]
+_WRITTEN, _END = int(WRITTEN), int(END | WRITTEN)
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Rendered:
     text: str
     spans: list[Span]
     weights: list[float] | None = None
-    kinds: list[tuple[int, int, np.uint32]] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
 
 
 class TurnRenderer:
@@ -88,7 +90,7 @@ class TurnRenderer:
         prompt, eos = (self.bos_token or "") + prompt, self.eos_token or ""
         text = prompt + completion + eos
         end = (len(text) - len(eos), len(text))
-        kinds = [(*end, END | WRITTEN)] if eos else []
+        kinds = [(*end, _END)] if eos else []
         return Rendered(text, [(len(prompt), len(text))], _weights(conversation, [0]), kinds)
 
     def _render_by_marks(self, conversation: Conversation) -> Rendered:
@@ -113,7 +115,7 @@ class TurnRenderer:
 
     def _unpaired(
         self, conversation: Conversation, text: str, spans: list[Span], turns: list[int]
-    ) -> tuple[list[float] | None, list[tuple[int, int, np.uint32]]]:
+    ) -> tuple[list[float] | None, list[Kind]]:
         """Weights and kinds of marks of which nobody knows which turn they belong to."""
         given = {conversation.weights.get(t, 1.0) for t in conversation.trained}
         if len(conversation.trained) < len(turns) or len(given) > 1:
@@ -126,7 +128,7 @@ class TurnRenderer:
         ends = [self._ends.inside(text, *span) for span in spans]
         return (
             weights if given != {1.0} else None,
-            [(a, b, END | WRITTEN) for a, b in ends if a < b],
+            [(a, b, _END) for a, b in ends if a < b],
         )
 
     def _render_by_prefixes(self, conversation: Conversation) -> list[Rendered]:
@@ -135,7 +137,7 @@ class TurnRenderer:
         # What follows the last trained turn cannot change any loss: it is not even rendered.
         text = self.template.render(messages[: last + 1], tools)
         spans: list[Span] = []
-        kinds: list[tuple[int, int, np.uint32]] = []
+        kinds: list[Kind] = []
         for turn in conversation.trained:
             own = text if turn == last else self.template.render(messages[: turn + 1], tools)
             start, end = self._turn(own, messages, tools, turn)
@@ -174,14 +176,12 @@ class TurnRenderer:
             )
         return len(head), self._ends.behind(own, len(head), turn)
 
-    def _kinds(
-        self, text: str, span: Span, end: Span, message: dict[str, Any]
-    ) -> list[tuple[int, int, np.uint32]]:
-        kinds = [(a, b, WRITTEN) for a, b in written(text, span[0], end[0], message)]
+    def _kinds(self, text: str, span: Span, end: Span, message: dict[str, Any]) -> list[Kind]:
+        kinds = [(a, b, _WRITTEN) for a, b in written(text, span[0], end[0], message)]
         if end[0] < end[1]:
-            kinds.append((*end, END | WRITTEN))
+            kinds.append((*end, _END))
         if end[1] < span[1]:
-            kinds.append((end[1], span[1], WRITTEN))
+            kinds.append((end[1], span[1], _WRITTEN))
         return kinds
 
     def _check_drops(self, conversation: Conversation, per_turn: bool) -> None:

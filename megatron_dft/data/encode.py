@@ -17,6 +17,8 @@ from megatron_dft.data.chat_mask import Rendered, TurnRenderer
 from megatron_dft.data.conversation import Conversation
 from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, EncoderSpec
 
+_END = int(END)
+
 
 class Encoded(NamedTuple):
     """One text's tokens.
@@ -70,8 +72,8 @@ class ChatEncoder:
         straddled = [a for a, b in rendered.spans if self._straddles(encoding, a, b)]
         if straddled and self._byte_level:
             return self._flag_in_pieces(rendered, straddled)
-        piece = _flag_piece(encoding, rendered, 0, len(rendered.text))
-        return _cut(piece.flagged, piece.weights)
+        piece, count = _flag_piece(encoding, rendered, 0, len(rendered.text))
+        return _cut(piece, count)
 
     def _straddles(self, encoding: Any, start: int, end: int) -> bool:
         """Whether a token holds characters from both sides of a span's start.
@@ -88,21 +90,28 @@ class ChatEncoder:
         Exact for byte-level tokenizers, which add nothing at the start of a text.
         """
         borders = [0, *cuts, len(rendered.text)]
-        pieces = []
+        pieces: list[Encoded] = []
+        total = count = 0
         for begin, stop in zip(borders, borders[1:], strict=False):
             encoding = self._tokenizer.encode(rendered.text[begin:stop], add_special_tokens=False)
-            pieces.append(_flag_piece(encoding, rendered, begin, stop))
+            piece, last = _flag_piece(encoding, rendered, begin, stop)
+            pieces.append(piece)
+            count = total + last if last else count
+            total += len(piece.flagged)
         weights = None
         if rendered.weights is not None:
             weights = np.concatenate([p.weights for p in pieces if p.weights is not None])
-        return _cut(np.concatenate([p.flagged for p in pieces]), weights)
+        return _cut(Encoded(np.concatenate([p.flagged for p in pieces]), weights), count)
 
 
-def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> Encoded:
-    """The tokens of text[begin:stop], flagged where they train."""
+def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> tuple[Encoded, int]:
+    """The tokens of text[begin:stop], flagged where they train, and how many of them are needed:
+    those up to the last supervised one."""
     ids = _as_array(encoding.ids)
     weights = None if rendered.weights is None else np.zeros(len(ids), dtype=np.float32)
     length = stop - begin
+    last = 0
+    behind: dict[int, int] = {}  # where a span ends in the text → the token behind it
     for number, (a, b) in enumerate(rendered.spans):
         if a >= stop or b <= begin:
             continue
@@ -113,36 +122,40 @@ def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> Enc
         if encoding.token_to_chars(first)[0] < start:
             first += 1  # half of it belongs to the header, which must not train
         last = _token_behind(encoding, end, length, len(ids))
+        if first < last:
+            behind[end] = last
         ids[first:last] |= SUPERVISED
         if weights is not None and rendered.weights is not None:
             weight = rendered.weights[number]
             weights[first:last] = 0 if weight == 1 else weight
     for a, b, kind in rendered.kinds:
-        if a < stop and b > begin:
-            _mark(encoding, ids, max(a, begin) - begin, min(b, stop) - begin, length, kind)
-    return Encoded(ids, weights)
+        start, end = a - begin, b - begin
+        token = behind.get(end, 0)
+        if token and kind & _END and start >= 0 and encoding.char_to_token(start) == token - 1:
+            ids[token - 1] |= kind
+        elif a < stop and b > begin:
+            _mark(encoding, ids, max(start, 0), min(end, length), length, kind)
+    return Encoded(ids, weights), last
 
 
-def _mark(encoding: Any, ids: np.ndarray, start: int, end: int, length: int, kind: Any) -> None:
+def _mark(encoding: Any, ids: np.ndarray, start: int, end: int, length: int, kind: int) -> None:
     """Flags the tokens of [start, end): an end wherever it is touched, else only whole tokens."""
     first = _token_from(encoding, start, end)
     if first is None:
         return
     last = _token_behind(encoding, end, length, len(ids))
-    if not kind & END:
+    if not kind & _END:
         if encoding.token_to_chars(first)[0] < start:
             first += 1
         while last > first and encoding.token_to_chars(last - 1)[1] > end:
             last -= 1
     supervised = ids[first:last]
-    supervised[(supervised & SUPERVISED) != 0] |= kind
+    supervised[(supervised & SUPERVISED) != 0] |= np.uint32(kind)
 
 
-def _cut(flagged: np.ndarray, weights: np.ndarray | None) -> Encoded:
-    """Without what follows the last supervised token."""
-    supervised = np.flatnonzero(flagged & SUPERVISED)
-    count = int(supervised[-1]) + 1 if len(supervised) else 0
-    return Encoded(flagged[:count], None if weights is None else weights[:count])
+def _cut(encoded: Encoded, count: int) -> Encoded:
+    weights = encoded.weights
+    return Encoded(encoded.flagged[:count], None if weights is None else weights[:count])
 
 
 def _as_array(ids: list[int]) -> np.ndarray:

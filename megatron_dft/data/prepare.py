@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.cache import digest, locked, store_parts
+from megatron_dft.data.cache import digest, locked, store_parts, writing
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
 from megatron_dft.data.sources import Source
@@ -103,11 +103,14 @@ def _build(
     target: Path, source: Source, key: str, spec: EncoderSpec, options: PrepareOptions
 ) -> None:
     bad: list[BadRow] = []
-    writer = StoreWriter(target)
+    with writing(target.parent):
+        writer = StoreWriter(target)
     try:
         for block in _blocks(source, spec, options, bad):
-            writer.add(block)
-        writer.finish(_meta(source, key, bad))
+            with writing(target.parent):
+                writer.add(block)
+        with writing(target.parent):
+            writer.finish(_meta(source, key, bad))
     except BaseException:
         writer.abandon()
         raise

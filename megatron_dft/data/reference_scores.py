@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dft.data.cache import content_hash
 from megatron_dft.data.fingerprint import differences
 from megatron_dft.data.overlong import Conversations
 from megatron_dft.data.packing import windows
@@ -99,6 +100,19 @@ class ReferenceScores:
             )
         self._scores = np.memmap(path, dtype="<f4", mode="r")
         self._starts = np.empty(0, dtype=np.int64)
+
+    def check_content(self, cache: Path | None) -> None:
+        """Raise ValueError unless the scores are those that were written.
+
+        Reads all of them, once: `cache` (that of the tokens) remembers the file's hash.
+        """
+        path = self.directory / _SCORES
+        found, expected = content_hash(path, cache), self.header.get("sha256")
+        if found != expected:
+            raise ValueError(
+                f"{FLAG}: {str(path)!r} is not what was scored: its SHA-256 is {found}, "
+                f"{_HEADER} says {expected}; delete the directory and score again"
+            )
 
     def attach(self, conversations: Conversations, identity: Mapping[str, Any]) -> ReferenceScores:
         """These scores for that data set; ValueError where they were made from another one."""

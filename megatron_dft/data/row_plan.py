@@ -124,8 +124,11 @@ class RowPlan:
             packs = pack(order, self._sizes, self._seq_length, None)
         if path is None:
             return packs
-        _save(path, packs)
-        return _load(path)
+        try:
+            _save(path, packs)
+            return _load(path)
+        except OSError:  # a cache that is read-only or full: packed again at the next start
+            return packs
 
 
 def _save(path: Path, packs: Packs) -> None:

@@ -40,10 +40,11 @@ def build_row(
         sources: which item of --train-data each conversation is of.
 
     Returns int64 [S] tokens, labels (already shifted; IGNORE_INDEX where nothing trains) and
-    position_ids (from 0 in each conversation), float32 [S] loss_mask, and with packing int32
-    cu_seqlens (ends with copies of S, as Megatron strips them), int32 scalar max_seqlen, and
-    cu_seqlens_padded (the same values) where pad_multiple > 1. Conversations are padded inside
-    their own segment; the rest of the row is one more segment. With reference scores also float32
+    position_ids (from 0 in each conversation), float32 [S] loss_mask, bool [S] padding_mask (True
+    where no conversation's token is), and with packing int32 cu_seqlens (ends with copies of S, as
+    Megatron strips them), int32 scalar max_seqlen, and cu_seqlens_padded (the same values) where
+    pad_multiple > 1. Conversations are padded inside their own segment; the rest of the row is one
+    more segment. With reference scores also float32
     [S] reference_log_prob, in line with the labels, 0 in the padding.
 
     Also in line with the labels: uint8 [S] token_kinds (spec.KIND_END: it ends a trained turn,
@@ -54,6 +55,7 @@ def build_row(
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros(seq_length, dtype=np.int64)
+    padding = np.ones(seq_length, dtype=bool)
     kinds = np.zeros(seq_length, dtype=np.uint8)
     spans = row_spans([len(c) - 1 for c in conversations], pad_multiple)
     borders = [0, *(end for _, end in spans)]
@@ -61,6 +63,7 @@ def build_row(
         count = len(flagged) - 1
         ids = (flagged & ID_MASK).astype(np.int64)
         tokens[at : at + count] = ids[:-1]
+        padding[at : at + count] = False
         trained = (flagged[1:] & SUPERVISED) != 0
         labels[at : at + count][trained] = ids[1:][trained]
         kinds[at : at + count] = (flagged[1:] >> KIND_SHIFT) & 3
@@ -74,6 +77,7 @@ def build_row(
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy((labels != IGNORE_INDEX).astype(np.float32)),
         "position_ids": torch.from_numpy(positions),
+        "padding_mask": torch.from_numpy(padding),
         "token_kinds": torch.from_numpy(kinds),
     }
     if max_segments is not None:

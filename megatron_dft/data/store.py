@@ -16,6 +16,8 @@ looks like a store.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ import numpy as np
 
 from megatron_dft.data.cache import partial_path
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.data.verified import check_files, remember
 from megatron_dft.storage.files import write_whole
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
@@ -88,7 +91,7 @@ class TokenStore:
     @classmethod
     def open(cls, directory: Path) -> TokenStore:
         """Maps a finished store; raises ValueError where its files do not fit its meta.json."""
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = _read_meta(directory)
         arrays: list[np.ndarray] = []
         names = dict(_ARRAYS)
         if _WEIGHTS in meta["bytes"]:
@@ -103,6 +106,7 @@ class TokenStore:
                 )
             empty = np.empty(0, dtype=kind)
             arrays.append(np.memmap(path, dtype=kind, mode="r") if expected else empty)
+        check_files(directory, meta["sha256"])
         tokens, offsets, rows, files, *weights = arrays
         return cls(tokens, offsets, rows, files, meta, *weights)
 
@@ -150,7 +154,12 @@ class StoreWriter:
         self._tokens, self._largest_id = 0, -1
         self._weights: BinaryIO | None = None
         self._counts: list[dict[str, int]] = []
-        self._files["offsets.i64"].write(np.zeros(1, dtype="<i8").tobytes())
+        self._hashes = {n: hashlib.sha256() for n in _ARRAYS}
+        self._write("offsets.i64", np.zeros(1, dtype="<i8").tobytes())
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
 
     def add(self, block: Block) -> None:
         if block.weights is not None:
@@ -160,7 +169,7 @@ class StoreWriter:
         self._tokens += int(block.lengths.sum())
         arrays = (block.tokens, ends, block.rows, block.files)
         for (name, kind), array in zip(_ARRAYS.items(), arrays, strict=True):
-            self._files[name].write(array.astype(kind, copy=False).tobytes())
+            self._write(name, array.astype(kind, copy=False).tobytes())
         self._counts.append(block.counts)
 
     def _add_weights(self, weights: np.ndarray) -> None:
@@ -177,11 +186,15 @@ class StoreWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+        if self._weights is not None:  # written with holes, so hashed as it lies there
+            with open(self._partial / _WEIGHTS, "rb") as stored:
+                self._hashes[_WEIGHTS] = hashlib.file_digest(stored, "sha256")
         meta = {
             **meta,
             "counts": sum_counts(self._counts),
             "largest_id": self._largest_id,
             "bytes": {n: (self._partial / n).stat().st_size for n in self._files},
+            "sha256": {n: h.hexdigest() for n, h in self._hashes.items()},
         }
         write_whole(self._partial / "meta.json", json.dumps(meta))
         try:
@@ -191,13 +204,30 @@ class StoreWriter:
             if not (self._final / "meta.json").exists():
                 raise
             self.abandon()
+        else:
+            remember(self._final, meta["sha256"])
         return TokenStore.open(self._final)
 
     def abandon(self) -> None:
         """Leaves nothing behind."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been said
+                file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        names = {*_ARRAYS, *({_WEIGHTS} & set(meta["bytes"]))}
+        if not names <= set(meta["sha256"]) or not isinstance(meta["largest_id"], int):
+            raise ValueError("it lacks hashes")
+        return meta
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"the data cache {str(directory)!r} is damaged: meta.json is not readable ({error}); "
+            "delete the directory and start again"
+        ) from None
 
 
 def _largest_id(block: Block) -> int:

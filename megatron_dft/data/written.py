@@ -16,6 +16,10 @@ def written(text: str, start: int, stop: int, message: Mapping[str, Any]) -> lis
     these is not found as it stands, the template rewrote the turn, and none of it counts as
     written: a token of the row must never be taken for one of the template.
     """
+    if len(message) == 2:  # role and content alone, as nearly always
+        content = message["content"]
+        if stop - start == len(content) and text.startswith(content, start):
+            return []
     own: list[Span] = []
     at = start
     texts = list(_texts(message))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.hf import links
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.files import read_json_object
 
@@ -56,7 +57,10 @@ class TrainedChat:
 
 
 def check(checkpoint: HFCheckpoint) -> None:
-    """Raise ValueError, before a run has cost anything, for files that no export can be made of."""
+    """Raise ValueError, before anything is trained or written, for files that no export can be made
+    of: damaged settings, links out of the model."""
+    for file in [*copied_files(checkpoint), checkpoint.path / "config.json"]:
+        links.check(checkpoint.path, file)
     _base_generation(checkpoint)
     if (checkpoint.path / _TOKENIZER_CONFIG).is_file():
         read_json_object(checkpoint.path / _TOKENIZER_CONFIG)
@@ -64,10 +68,10 @@ def check(checkpoint: HFCheckpoint) -> None:
 
 def write(checkpoint: HFCheckpoint, target: Path, chat: TrainedChat | None) -> None:
     """Put all of them but config.json into the directory `target`; raises as `check` does."""
-    for pattern in _COPIED:
-        _copy(checkpoint.path, pattern, target)
-    if _brings_code(checkpoint):
-        _copy(checkpoint.path, "*.py", target)
+    for file in copied_files(checkpoint):
+        copied = target / file.relative_to(checkpoint.path)
+        copied.parent.mkdir(exist_ok=True)
+        links.copy(checkpoint.path, file, copied)
     if chat is None:
         return
     if chat.templates is not None:
@@ -130,12 +134,10 @@ def _brings_code(checkpoint: HFCheckpoint) -> bool:
     return file.is_file() and "auto_map" in read_json_object(file)
 
 
-def _copy(source: Path, pattern: str, target: Path) -> None:
-    for file in source.glob(pattern):
-        if file.is_file():
-            copied = target / file.relative_to(source)
-            copied.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copied)
+def copied_files(checkpoint: HFCheckpoint) -> list[Path]:
+    """What is copied from the base model."""
+    patterns = (*_COPIED, "*.py") if _brings_code(checkpoint) else _COPIED
+    return [f for pattern in patterns for f in checkpoint.path.glob(pattern) if f.is_file()]
 
 
 def _write_templates(templates: Mapping[str, str], target: Path) -> None:

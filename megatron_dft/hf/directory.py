@@ -12,23 +12,49 @@ from pathlib import Path
 
 import torch
 
-from megatron_dft.hf import companions
+from megatron_dft.hf import companions, links
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.files import flush
 from megatron_dft.storage.model_files import INDEX
 from megatron_dft.storage.safetensors import StoredTensor, read_header
 
 
+def target(out_dir: str | Path) -> Path:
+    """Where an export given as `out_dir` stands: a link is followed, not replaced."""
+    return Path(os.path.realpath(out_dir))
+
+
 def staging_path(out_dir: Path) -> Path:
     return out_dir.parent / f".{out_dir.name}.incomplete"
 
 
+def _replaced_path(out_dir: Path) -> Path:
+    return out_dir.parent / f".{out_dir.name}.replaced"
+
+
+def heal(out_dir: Path) -> None:
+    """Undo what a kill between the two renames of `_replace` left: the old directory comes back.
+
+    A kill behind them left the old directory to be deleted.
+    """
+    old = _replaced_path(target(out_dir))
+    if not old.is_dir() or old.is_symlink():
+        return
+    if target(out_dir).exists():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, target(out_dir))
+        flush(old.parent)
+
+
 def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
-    """Make the staging directory, removing what a killed export left there; returns its path.
+    """Make the staging directory, mending what a killed export left there; returns its path.
 
     Raises ValueError when `out_dir` exists with something in it and `overwrite` is off, when it is
-    a file, or when it is the base checkpoint itself.
+    a file, or when it is the base checkpoint itself; and as `companions.check`.
     """
+    companions.check(checkpoint)
+    heal(out_dir)
     if out_dir.exists():
         if not out_dir.is_dir():
             raise ValueError(f"{out_dir}: is a file; name a directory")
@@ -39,7 +65,9 @@ def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
                 f"{out_dir}: exists and is not empty; name another directory or pass --overwrite"
             )
     staging = staging_path(out_dir)
-    if staging.exists():
+    if staging.is_symlink():
+        staging.unlink()
+    elif staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
@@ -58,8 +86,8 @@ def finish(
     """Check the weight files, add everything else, flush, rename `staging` to `out_dir`.
 
     files: names of the safetensors files in `staging`, closed and flushed. chat: what the answers
-    were trained with; None where nothing was. Raises ValueError when
-    they do not hold every tensor of the base checkpoint in its shape.
+    were trained with; None where nothing was. Raises ValueError when the files do not hold every
+    tensor of the base checkpoint in its shape.
     """
     written: dict[str, StoredTensor] = {}
     for file in files:
@@ -107,7 +135,7 @@ def _compare(checkpoint: HFCheckpoint, written: dict[str, StoredTensor]) -> None
 
 def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
     if dtype is None:
-        shutil.copyfile(checkpoint.path / "config.json", staging / "config.json")
+        links.copy(checkpoint.path, checkpoint.path / "config.json", staging / "config.json")
         return
     config = dict(checkpoint.config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix(
@@ -121,7 +149,7 @@ def _replace(staging: Path, out_dir: Path) -> None:
         if _exchange(staging, out_dir):
             shutil.rmtree(staging)  # now the old directory
         else:  # a file system without the exchange: for a moment no directory of that name exists
-            old = out_dir.parent / f".{out_dir.name}.replaced"
+            old = _replaced_path(out_dir)
             os.rename(out_dir, old)
             os.rename(staging, out_dir)
             shutil.rmtree(old)

@@ -13,6 +13,7 @@ from megatron_dft.storage.files import read_json_object
 from megatron_dft.storage.model_files import read_directory
 from megatron_dft.storage.safetensors import StoredTensor
 
+_MOST_LAYERS = 10_000  # where the files' headers do not say
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.
 _HUB_PATTERNS = [
     "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
@@ -44,17 +45,28 @@ class HFCheckpoint:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """config.json with all defaults of transformers, rope in its current spelling."""
+        _check_layers(self.path, self.config, len(self.tensors) or _MOST_LAYERS)
         return _resolve(self.path, self.config)
+
+
+def _check_layers(path: Path, config: dict[str, Any], most: int) -> None:
+    """Before transformers makes lists of so many words."""
+    layers = config.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= most:
+        raise ValueError(
+            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most}, of "
+            f"which there are tensors, got {str(layers)[:40]}"
+        )
 
 
 def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{path}/config.json: model_type {model_type!r} is unknown to this transformers; "
-            "expected a causal language model such as 'llama' or 'qwen2'"
+            f"{path}/config.json: model_type {str(model_type)[:40]!r} is unknown to this "
+            "transformers; expected a causal language model such as 'llama' or 'qwen2'"
         )
     try:
         resolved = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
@@ -90,10 +102,11 @@ def _check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -
             "run. Read that code and pass --trust-remote-code if you trust it"
         )
     architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and len(architectures) == 1):
+    named = isinstance(architectures, list) and len(architectures) == 1
+    if not (named and isinstance(architectures[0], str)):
         raise ValueError(
             f"{path}/config.json: 'architectures' must name one class such as 'LlamaForCausalLM', "
-            f"got {architectures!r}"
+            f"got {str(architectures)[:80]}"
         )
     if config.get("quantization_config"):
         raise ValueError(

@@ -11,7 +11,7 @@ from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
-from megatron_dft.training import trained_chat
+from megatron_dft.training import agreement, trained_chat
 
 
 def build(
@@ -49,7 +49,9 @@ def prepare(args: Any) -> None:
     Called on the first rank of each node; the others find the cache when they build.
     """
     if args.train_data and not args.skip_train:
-        build(args, "--train-data", None, shuffle=True, progress=True)
+        train = build(args, "--train-data", None, shuffle=True, progress=True)
+        if train.scores is not None:
+            train.scores.check_content(cache_directory(args))
     if args.valid_data or args.valid_share:
         build(args, _validation(args), None, shuffle=False, progress=True)
 
@@ -92,6 +94,8 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
             print_rank_0(f"> reference: stored scores of {model['name']}, made in {model['dtype']}")
     if (args.valid_data or args.valid_share) and (args.full_validation or args.eval_iters):
         valid = build(args, _validation(args), num_samples[1], shuffle=False)
+    found = {"--train-data": train, "--valid-data": valid}
+    agreement.check_start(args, {k: v.identity for k, v in found.items() if v is not None})
     return train, valid, None
 
 
