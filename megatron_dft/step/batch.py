@@ -71,6 +71,7 @@ class MicroBatch:
                         has run; None where nothing is compared
     token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
                         wrote; None where the data does not say
+    full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
@@ -84,6 +85,7 @@ class MicroBatch:
     padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
     token_kinds: Tensor | None = None
+    full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
@@ -99,9 +101,8 @@ class MicroBatch:
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
-        if settings().full_weight:
-            assert self.token_kinds is not None, "the data set does not say what ends a turn"
-            stats["full_weight"] = (self.token_kinds & settings().full_weight) != 0
+        if self.full_weight is not None:
+            stats["full_weight"] = self.full_weight
         if self.packing is not None:
             positions = self.held
             if positions is None:
@@ -138,6 +139,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
         _note_first_rows(raw)
     names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
     per_token = {name: raw[name] for name in names if name in raw}
+    if settings().full_weight:
+        per_token["full_weight"] = (per_token["token_kinds"] & settings().full_weight) != 0
     # All of this is on the host, and so are the indices: reading one of the device would wait for
     # everything that was launched before.
     edges = _edges(raw) if "cu_seqlens" in raw else None
