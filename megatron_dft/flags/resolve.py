@@ -27,6 +27,7 @@ from megatron_dft.flags import (
     output,
     quantize,
     recovery,
+    schedule,
     scores,
 )
 from megatron_dft.flags.settings import Settings, set_settings
@@ -128,6 +129,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             vocab_size,
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
+            full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
         )
     )
 
@@ -139,6 +141,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     objective.check(args, asked)
     model.check(args, checkpoint, runtime.is_active())
     data.check(args)
+    schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)
     output.check(args, checkpoint)
