@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_dft.commands import drift as command
+from megatron_dft.drift.labels import labels_for
 from megatron_dft.drift.page import Picture, Section, Table, render
 from tests.drift.commands import fails, run
 from tests.drift.reference import perturbed, tiny_model, write
@@ -38,7 +39,9 @@ def test_files_agree(paths, tmp_path, capsys):
             want = report["methods"][row["method"]]["tensors"][row["name"]]
             assert float(row["update_norm"]) == want["update_norm"]
             assert row["sigma1"] == ("" if want["sigma1"] is None else str(want["sigma1"]))
-    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "cosine"}
+    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "near_zero"}
+    names |= {"principal", "principal_places"}
+    names |= {"agreement", "agreement_layers", "agreement_modules"}
     assert {p.stem for p in out.glob("*.png")} == names
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
@@ -78,7 +81,7 @@ def test_labels(paths, tmp_path):
     fails(command, "--labels: expected 2 different names", *paths, "--labels", "x", "x")
     fails(command, "--workers: expected 1 or more", *paths, "--workers", 0)
     same = [tmp_path / "r1" / "hf", tmp_path / "r2" / "hf"]
-    assert command.labels_for(same, None) == ["hf-1", "hf-2"]
+    assert labels_for(same, None) == ["hf-1", "hf-2"]
 
 
 def test_page_escapes_everything():
