@@ -25,11 +25,11 @@ def _values(report: Report, field: str) -> dict[str, float]:
 
 
 def _span(values: dict[str, float], show: Any = percent) -> str:
-    """`3 % (a)`, or `from 1 % (a) to 3 % (b)`."""
+    """`3 % (a)`, or `1 % (a) to 3 % (b)`."""
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     if low == high or values[low] == values[high]:
         return f"{show(values[low])} ({', '.join(values)})"
-    return f"from {show(values[low])} ({low}) to {show(values[high])} ({high})"
+    return f"{show(values[low])} ({low}) to {show(values[high])} ({high})"
 
 
 def overview(report: Report) -> str:

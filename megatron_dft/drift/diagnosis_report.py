@@ -110,7 +110,8 @@ def _expectation(result: dict[str, Any]) -> str:
     text = (
         f"The model gives what it is to learn a mean probability of {found['mean_prob']:.2f}; "
         f"{found['low']:.1%} of the tokens are below {LOW}, take "
-        f"{found['low_sft_gradient'] or 0:.0%} of SFT's gradient and {found['low_dft_gradient'] or 0:.0%} of DFT's"
+        f"{found['low_sft_gradient'] or 0:.0%} of SFT's gradient and "
+        f"{found['low_dft_gradient'] or 0:.0%} of DFT's"
     )
     if first != last:
         rise = places[last]["mean_prob"] - places[first]["mean_prob"]

@@ -26,7 +26,8 @@ p { margin: 6px 0 12px; max-width: 78ch; }
 .meaning { border-left: 4px solid var(--key); padding: 2px 0 2px 14px; font-size: 16px; }
 nav a { display: inline-block; margin-right: 14px; color: var(--key); text-decoration: none; }
 figure { margin: 12px 0; } img { max-width: 100%; height: auto; display: block; }
-.scroll { margin: 10px 0; overflow: auto; max-height: 560px; border: 1px solid var(--line); }
+.scroll { margin: 10px 0; overflow: auto; border: 1px solid var(--line); }
+.long { max-height: 80vh; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { position: sticky; top: 0; background: var(--band); text-align: right; cursor: pointer;
   vertical-align: bottom; }
@@ -50,6 +51,8 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
     return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); }).forEach(r => body.append(r));
 }));
 """
+
+_LONG = 40  # rows beyond which a table scrolls by itself
 
 Cell = str | int | float | None
 
@@ -117,8 +120,9 @@ def _table(table: Table) -> str:
             raw = "" if value is None else html.escape(str(value), quote=True)
             cells.append(f'<td{kind} data-v="{raw}">{html.escape(number(value))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
+    long = " long" if len(rows) > _LONG else ""
     body = (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll{long}"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     caption = html.escape(table.caption)

@@ -79,10 +79,11 @@ def heatmaps(report: Report) -> bytes:
     first = next(iter(methods.values()))["heatmap"]
     columns = min(len(methods), 2)
     rows = -(-len(methods) // columns)
-    height = max(3.2, 1.4 + 0.19 * len(first["layers"])) * rows
+    height = min(max(2.6, 1.2 + 0.16 * len(first["layers"])), 5.0) * rows
     picture, axes = style.figure(columns, height, rows)
     cells = [v for m in methods.values() for r in m["heatmap"]["relative_norm"] for v in r if v]
-    top = max(cells, default=1.0)
+    low, top = min(cells, default=1.0), max(cells, default=1.0)
+    is_wide = top > 10 * low  # one linear scale would show the smaller methods all dark
     for ax, (label, method) in zip(axes, methods.items(), strict=False):
         found = method["heatmap"]
         style.heat(
@@ -91,8 +92,9 @@ def heatmaps(report: Report) -> bytes:
             found["layers"],
             found["modules"],
             found["relative_norm"],
-            (0, top),
+            (low if is_wide else 0, top),
             written=False,
+            log=is_wide,
         )
         ax.set(title=label, ylabel="layer")
     for ax in axes[len(methods) :]:
@@ -143,8 +145,10 @@ def ranks(report: Report) -> bytes:
             ax.plot([place, place], [low, rank], color=look["color"], lw=0.8, alpha=0.5)
             ax.plot([place], [rank], **look)
         ax.set(title=label, ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log" if is_wide else "linear")
-        if not is_wide:
-            ax.set_ylim(0, 1.05 * max(found, default=1.0))
+        if is_wide:
+            ax.yaxis.set_minor_formatter("")
+        highest = 1.1 * max(found, default=1.0)
+        ax.set_ylim(0.9 if is_wide else 0, highest)
         style.number_layers(ax)
     for i, kind in enumerate(kinds):
         axes[0].plot([], [], label=kind, **style.point(i))

@@ -43,6 +43,7 @@ def _picture(report: Report) -> bytes:
                 ax.plot([x - 0.45, x + 0.45], [level] * 2, "--", color=style.INK, lw=1.2)
         ax.set_xticks(range(len(texts)), texts)
         ax.set(title=title)
+        ax.set_ylim(bottom=0)
         ax.grid(False, axis="x")
     style.legend(picture, axes[0])
     return style.png(picture)
@@ -68,10 +69,13 @@ def conclusion(report: Report) -> str:
     texts = report["texts"]
     if "general" in texts:
         base = next(iter(report["methods"].values()))["general"]["base_perplexity"]
-        change = {k: 100 * (v / base - 1) for k, v in _on(report, "general", "perplexity").items()}
+        change = {
+            k: round(100 * (v / base - 1), 1)
+            for k, v in _on(report, "general", "perplexity").items()
+        }
         worse = [k for k, v in change.items() if v > 1]
         parts.append(
-            f"General text became {_span(change, '{} %')} more perplexing; "
+            f"The perplexity of general text changed by {_span(change, '{} %')}; "
             + (f"{', '.join(worse)} lost more than 1 %." if worse else "none lost more than 1 %.")
         )
     task = next((t for t in (SAMPLED, "task") if t in texts), None)
@@ -106,9 +110,9 @@ def sections(report: Report) -> list[Section]:
             f"Retention: what {model_name(report['base'])} said before",
             [
                 "Held-out text under both models. kl is KL(base ‖ tuned) over the whole "
-                "vocabulary, the mean over tokens in nats, kl_error its standard error over the texts (bars: "
-                "95 %), reverse_kl KL(tuned ‖ base), kl_sequence the mean over texts of the KL "
-                "summed over a text's tokens; top1_agreement the share of positions where both "
+                "vocabulary, the mean over tokens in nats, kl_error its standard error over the "
+                "texts (bars: 95 %), reverse_kl KL(tuned ‖ base), kl_sequence the mean over texts of "
+                "the KL summed over a text's tokens; top1_agreement the share of positions where both "
                 "would say the same next token. Dashed: the base's perplexity.",
                 *report.get("notes", ()),
             ],

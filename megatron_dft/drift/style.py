@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -96,10 +97,12 @@ def heat(
     cells: Sequence[Sequence[float | None]],
     limits: tuple[float, float],
     written: bool,
+    log: bool = False,
 ) -> None:
     """A table of colours from dark to light; `written`: each cell has its figure in it."""
     data = [[float("nan") if v is None else v for v in row] for row in cells]
-    image = ax.imshow(data, aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1])
+    norm = LogNorm(*limits) if log else Normalize(*limits)
+    image = ax.imshow(data, aspect="auto", cmap="cividis", norm=norm)
     ax.grid(False)
     names(ax, columns)
     step = max(1, len(rows) // 40)
