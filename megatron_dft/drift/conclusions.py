@@ -102,10 +102,10 @@ def where(report: Report) -> str:
             if share is not None and expected:
                 over[label] = share / expected
         if over:
-            word = (
-                "avoid" if max(over.values()) < 0.5 else "favour" if min(over.values()) > 2 else ""
-            )
-            verdict = f"all {word} them" if word else "that is near chance for some"
+            sides = {"on": [k for k, v in over.items() if v > 2]}
+            sides["off"] = [k for k, v in over.items() if v < 0.5]
+            named = [f"{side} them: {', '.join(who)}" for side, who in sides.items() if who]
+            verdict = "; ".join(named) or "neither on nor off them"
             text = _span(over, lambda v: f"{v:.2g} times")
             parts.append(
                 f"The base's {k} leading directions hold {text} what a random update would put "
@@ -114,8 +114,8 @@ def where(report: Report) -> str:
     near = _values(report, "changed_near_zero")
     if near:
         base = next(iter(report["methods"].values()))["model"]["near_zero"]
-        pull = max(near.values()) / base if base else 1.0
-        word = "they are sought out" if pull > 1.5 else "small weights are not preferred"
+        drawn = [k for k, v in near.items() if base and v > 1.5 * base]
+        word = f"sought out by {', '.join(drawn)}" if drawn else "small weights are not preferred"
         parts.append(
             f"Of the changed weights {_span(near)} were near zero, of all weights {percent(base)}: "
             f"{word}."

@@ -111,9 +111,9 @@ def sections(report: Report) -> list[Section]:
             [
                 "Held-out text under both models. kl is KL(base ‖ tuned) over the whole "
                 "vocabulary, the mean over tokens in nats, kl_error its standard error over the "
-                "texts (bars: 95 %), reverse_kl KL(tuned ‖ base), kl_sequence the mean over texts of "
-                "the KL summed over a text's tokens; top1_agreement the share of positions where both "
-                "would say the same next token. Dashed: the base's perplexity.",
+                "texts (bars: 95 %), reverse_kl KL(tuned ‖ base), kl_sequence the mean over texts "
+                "of the KL summed over a text's tokens; top1_agreement the share of positions "
+                "where both would say the same next token. Dashed: the base's perplexity.",
                 *report.get("notes", ()),
             ],
             [Picture("retention.png", _picture(report), "")],
