@@ -7,10 +7,10 @@ from typing import Any
 from megatron_dft.commands.conversion import add_source_arguments, bar, compare_logits, quiet
 from megatron_dft.hf import bridge
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.dtypes import WORDS, dtype_word
+from megatron_dft.storage.lock import held
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source_arguments(parser)
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="of all tensors; default: as in the base model"
+        "--dtype",
+        type=dtype_word,
+        choices=tuple(WORDS),
+        help="of all tensors; default: as in the base model",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument(
@@ -37,8 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()
-    import torch
+    with held("OUT", args.out, beside=True):
+        return _export(args)
 
+
+def _export(args: argparse.Namespace) -> int:
     from megatron_dft.hf.card import model_card
     from megatron_dft.hf.convert_export import export_checkpoint, find_iteration, training_args
 
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             source,
             base,
             args.out,
-            dtype=getattr(torch, DTYPES[args.dtype]) if args.dtype else None,
+            dtype=WORDS[args.dtype] if args.dtype else None,
             overwrite=args.overwrite,
             card=card,
             progress=progress,

@@ -8,15 +8,14 @@ and after, and what the tree leads to is held against it.
 import argparse
 import contextlib
 import hashlib
-import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dft.compat import stock_script
+from megatron_dft.storage.files import write_whole
 
 SUMMARY = "put --loss into the pretrain_gpt.py of a Megatron-LM checkout, or take it out"
 
@@ -121,22 +120,6 @@ def _one_line_errors(path: Path, core: str) -> Iterator[None]:
         ) from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Give the file this content in one step: a reader sees the old one or the new one, whole."""
-    target = path.resolve()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, target.stat().st_mode & 0o7777)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `megatron-dft patch`."""
     parser.add_argument(
@@ -169,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         if args.check:
             print(f"{script}: {name} would apply")
             return 0
-        replace_file(script, after)
+        write_whole(script.resolve(), after)
         print(f"{script}: {name} applied")
         _next_step(script)
     return 0
@@ -181,7 +164,7 @@ def _applied(
     """What `run` does with a script that has our lines."""
     before = stock_script.revert(content)
     if args.revert:
-        replace_file(script, before)
+        write_whole(script.resolve(), before)
         print(f"{script}: --loss taken out (git hash {blob_hash(before)[:10]})")
         return 0
     stock_script.find(before)  # lines that stand, but no longer on what they wrap, are no patch

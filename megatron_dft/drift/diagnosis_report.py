@@ -10,7 +10,7 @@ from megatron_dft.drift import style
 from megatron_dft.drift.diagnosis import BINS, LOW, SURE_NATS
 from megatron_dft.drift.labels import model_name
 from megatron_dft.drift.page import Picture, Section, Table, render
-from megatron_dft.drift.report import write_file
+from megatron_dft.storage.files import write_whole
 
 _FIELDS = (
     "tokens",
@@ -32,7 +32,7 @@ def _overall(result: dict[str, Any]) -> bytes:
     shares = [c / overall["tokens"] for c in overall["histogram"]]
     left.bar(_EDGES, shares, 1 / BINS, align="edge", color=style.colour(0), edgecolor="white")
     left.axvline(overall["mean_prob"], color=style.colour(1), ls="--", label="mean")
-    name = model_name(result.get("model", "the base"))
+    name = style.plain(model_name(result.get("model", "the base")))
     left.set(title=f"{name}: probability of each target", xlabel="p", ylabel="share of tokens")
     left.legend(frameon=False)
     values = [overall["low"], overall["low_sft_gradient"] or 0, overall["low_dft_gradient"] or 0]
@@ -60,7 +60,7 @@ def _groups(result: dict[str, Any]) -> bytes:
         )
         means = [r["mean_prob"] for r in rows]
         ax.plot(range(len(rows)), means, "o", color=style.colour(1), label="mean", clip_on=False)
-        ax.set_xticks(range(len(rows)), list(result[key]))
+        ax.set_xticks(range(len(rows)), [style.plain(str(k)) for k in result[key]])
         ax.grid(False)
         ax.set(title=f"Probability by {name}", ylabel="p")
         picture.colorbar(image, ax=ax, label="share of the group")
@@ -185,12 +185,12 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def write(directory: Path, result: dict[str, Any]) -> None:
     """diagnosis.json, diagnosis.html and its pictures."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / "diagnosis.json", json.dumps(result, indent=1, allow_nan=False))
+    write_whole(directory / "diagnosis.json", json.dumps(result, indent=1, allow_nan=False))
     parts = sections(result)
     for part in parts:
         for picture in part.pictures:
-            write_file(directory / picture.name, picture.png)
+            write_whole(directory / picture.name, picture.png)
     subtitle = f"model {result.get('model', '')} · data {result.get('data', '')}"
     name, data = (model_name(result.get(k, "")) for k in ("model", "data"))
     page = render(f"Is DFT the right loss to teach {name} {data}?", subtitle, parts)
-    write_file(directory / "diagnosis.html", page)
+    write_whole(directory / "diagnosis.html", page)

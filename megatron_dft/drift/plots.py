@@ -21,7 +21,7 @@ def by_layer(ax: Axes, report: Report, field: str) -> None:
         keys = [k for k in method["layers"] if k.isdecimal()]
         values = [method["layers"][k][field] for k in keys]
         shown = [float("nan") if v is None else v for v in values]
-        ax.plot([int(k) for k in keys], shown, label=label, **style.line(i))
+        ax.plot([int(k) for k in keys], shown, label=style.plain(label), **style.line(i))
     style.number_layers(ax)
 
 
@@ -34,7 +34,7 @@ def by_module(ax: Axes, report: Report, value: Any) -> None:
         places = [x + (i - (count - 1) / 2) * 0.8 / count for x in range(len(names))]
         found = [value(method["modules"][m]) for m in names]
         shown = [float("nan") if v is None else v for v in found]
-        ax.plot(places, shown, label=label, **style.point(i))
+        ax.plot(places, shown, label=style.plain(label), **style.point(i))
     for x in range(1, len(names)):
         ax.axvline(x - 0.5, color="#e6eaef", lw=0.8)
     ax.grid(False, axis="x")
@@ -96,7 +96,7 @@ def heatmaps(report: Report) -> bytes:
             written=False,
             log=is_wide,
         )
-        ax.set(title=label, ylabel="layer")
+        ax.set(title=style.plain(label), ylabel="layer")
     for ax in axes[len(methods) :]:
         ax.set_visible(False)
     return style.png(picture)
@@ -108,7 +108,7 @@ def curves(report: Report) -> bytes:
     shares = [100 * s for s in report["curve_shares"]]
     for i, (label, method) in enumerate(report["methods"].items()):
         if method["curve"]:
-            ax.plot(shares, method["curve"], label=label, **style.line(i))
+            ax.plot(shares, method["curve"], label=style.plain(label), **style.line(i))
     ax.plot(shares, [s / 100 for s in shares], ":", color=style.SOFT, label="all weights alike")
     ax.set(
         xscale="log",
@@ -144,14 +144,18 @@ def ranks(report: Report) -> bytes:
             place, rank = int(row["layer"]), row["stable_rank"]
             ax.plot([place, place], [low, rank], color=look["color"], lw=0.8, alpha=0.5)
             ax.plot([place], [rank], **look)
-        ax.set(title=label, ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log" if is_wide else "linear")
+        ax.set(
+            title=style.plain(label),
+            ylabel="stable rank ‖Δ‖²/σ₁²",
+            yscale="log" if is_wide else "linear",
+        )
         if is_wide:
             ax.yaxis.set_minor_formatter("")
         highest = 1.1 * max(found, default=1.0)
         ax.set_ylim(0.9 if is_wide else 0, highest)
         style.number_layers(ax)
     for i, kind in enumerate(kinds):
-        axes[0].plot([], [], label=kind, **style.point(i))
+        axes[0].plot([], [], label=style.plain(kind), **style.point(i))
     style.legend(picture, axes[0])
     for ax in axes[len(methods) :]:
         ax.set_visible(False)

@@ -3,23 +3,15 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_dft.drift import columns, drift_sections, retention_report
 from megatron_dft.drift.labels import model_name
 from megatron_dft.drift.page import Section, render
+from megatron_dft.storage.files import read_json_object, write_whole
 
 FORMAT = 2  # of drift.json and retention.json
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none: a report cut by a full disk must not look like one."""
-    temporary = path.with_name(path.name + ".partial")
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def to_csv(report: dict[str, Any]) -> str:
@@ -37,12 +29,12 @@ def to_csv(report: dict[str, Any]) -> str:
             for name, row in rows.items():
                 shares = [columns.principal(row, k, s) for k in ks for s in columns.SHARES]
                 writer.writerow((label, level, name, *(row.get(c) for c in fields), *shares))
-    return buffer.getvalue()
+    return buffer.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:
     """A half that was written before; ValueError where another release wrote it."""
-    half = json.loads(file.read_text(encoding="utf-8"))
+    half = read_json_object(file)
     if half.get("format") != FORMAT:
         raise ValueError(
             f"--out: {file} is of format {half.get('format')}, expected {FORMAT}; run "
@@ -58,12 +50,12 @@ def write(directory: Path, drift: dict[str, Any] | None, retention: dict[str, An
     for name, half in halves.items():
         file = directory / f"{name}.json"
         if half is not None:
-            write_file(file, json.dumps(half, indent=1, allow_nan=False))
+            write_whole(file, json.dumps(half, indent=1, allow_nan=False))
         elif file.is_file():
             halves[name] = _read(file)
     parts: list[Section] = []
     if (found := halves["drift"]) is not None:
-        write_file(directory / "drift.csv", to_csv(found))
+        write_whole(directory / "drift.csv", to_csv(found))
         parts += drift_sections.sections(found)
     if (found := halves["retention"]) is not None:
         kept = retention_report.sections(found)
@@ -72,9 +64,9 @@ def write(directory: Path, drift: dict[str, Any] | None, retention: dict[str, An
         parts = parts or kept
     for part in parts:
         for picture in part.pictures:
-            write_file(directory / picture.name, picture.png)
+            write_whole(directory / picture.name, picture.png)
     source = halves["drift"] or halves["retention"] or {}
     title = f"What fine-tuning did to {model_name(str(source.get('base', 'the model')))}"
     tuned = ", ".join(f"{k} = {v}" for k, v in source.get("tuned", {}).items())
     subtitle = f"base {source.get('base', '')} · {tuned}"
-    write_file(directory / "report.html", render(title, subtitle, parts))
+    write_whole(directory / "report.html", render(title, subtitle, parts))

@@ -22,7 +22,7 @@ Report = dict[str, Any]
 
 def _picture(report: Report) -> bytes:
     labels, texts = list(report["methods"]), list(report["texts"])
-    name = model_name(report["base"])
+    name = style.plain(model_name(report["base"]))
     panels = (
         ("perplexity", "Perplexity"),
         ("kl", f"KL({name} ‖ tuned), nats a token"),
@@ -36,12 +36,20 @@ def _picture(report: Report) -> bytes:
             found = [report["methods"][label][t] for t in texts]
             errors = [1.96 * (row["kl_error"] or 0) for row in found] if field == "kl" else None
             values = [row[field] for row in found]
-            ax.bar(places, values, width, yerr=errors, capsize=2, label=label, **style.bar(i))
+            ax.bar(
+                places,
+                values,
+                width,
+                yerr=errors,
+                capsize=2,
+                label=style.plain(label),
+                **style.bar(i),
+            )
         if field == "perplexity":
             for x, text in enumerate(texts):
                 level = report["methods"][labels[0]][text]["base_perplexity"]
                 ax.plot([x - 0.45, x + 0.45], [level] * 2, "--", color=style.INK, lw=1.2)
-        ax.set_xticks(range(len(texts)), texts)
+        ax.set_xticks(range(len(texts)), [style.plain(t) for t in texts])
         ax.set(title=title)
         ax.set_ylim(bottom=0)
         ax.grid(False, axis="x")

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#1f5fa8", "#d1661a", "#2b8a4b", "#9a3fa0", "#b02a37", "#6b7280", "#0f8b8d", "#c29000")
 INK, SOFT = "#1c2430", "#6b7280"
+_LONGEST = 60  # characters of a name
 _MARKERS = "os^DvPX*<>"
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -39,6 +40,16 @@ def png(picture: Figure) -> bytes:
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def plain(text: str) -> str:
+    """A name from outside as matplotlib shows it: one line, no formula, never left out.
+
+    A legend drops what begins with an underscore.
+    """
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def colour(index: int) -> str:
@@ -86,7 +97,8 @@ def number_layers(*axes: Axes) -> None:
 
 def names(ax: Axes, labels: Sequence[str]) -> None:
     """Names below the axis, slanted so that none is cut."""
-    ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
+    shown = [plain(label) for label in labels]
+    ax.set_xticks(range(len(shown)), shown, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def heat(
@@ -106,7 +118,8 @@ def heat(
     ax.grid(False)
     names(ax, columns)
     step = max(1, len(rows) // 40)
-    ax.set_yticks(range(0, len(rows), step), rows[::step], fontsize=8)
+    shown = [plain(row) for row in rows[::step]]
+    ax.set_yticks(range(0, len(rows), step), shown, fontsize=8)
     middle = sum(limits) / 2
     for i, row in enumerate(cells if written else ()):
         for j, value in enumerate(row):

@@ -20,7 +20,7 @@ def principal(report: Report) -> bytes:
             values = [row["principal"]["k"][k][side] for k in ks]
             expected = expected or [row["principal"]["k"][k][f"{side}_chance"] for k in ks]
             lowest = min([lowest, *(v for v in values + expected if v)])
-            ax.plot([int(k) for k in ks], values, label=label, **style.line(i))
+            ax.plot([int(k) for k in ks], values, label=style.plain(label), **style.line(i))
         if expected:
             shown = [int(k) for k in ks]
             ax.plot(shown, expected, ":", color=style.INK, lw=2, label="a random update")
@@ -63,7 +63,7 @@ def where_modules(report: Report) -> bytes:
         keys = [key for key in method["layers"] if key.isdecimal()]
         found = [over_chance(method["layers"][key]) for key in keys]
         shown = [float("nan") if v is None else v for v in found]
-        left.plot([int(key) for key in keys], shown, label=label, **style.line(i))
+        left.plot([int(key) for key in keys], shown, label=style.plain(label), **style.line(i))
     style.number_layers(left)
     by_module(right, report, over_chance)
     for ax in (left, right):

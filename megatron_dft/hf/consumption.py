@@ -10,7 +10,7 @@ from megatron_dft.hf.families import TIED_COPY, optional_tensors
 from megatron_dft.hf.parameters import Shard
 from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.storage.safetensors import Reader, TensorInfo
+from megatron_dft.storage.safetensors import Reader, StoredTensor
 
 
 def check_shapes(shard: Shard, checkpoint: HFCheckpoint) -> None:
@@ -33,7 +33,7 @@ def check_finite(name: str, rows: torch.Tensor, checkpoint: HFCheckpoint) -> Non
         )
 
 
-def _info(shard: Shard, name: str, checkpoint: HFCheckpoint) -> TensorInfo:
+def _info(shard: Shard, name: str, checkpoint: HFCheckpoint) -> StoredTensor:
     if name not in checkpoint.tensors:
         raise ValueError(
             f"{checkpoint.path}: tensor {name!r} is missing; {checkpoint.architecture} needs it "

@@ -10,7 +10,7 @@ from megatron_dft.hf import directory
 from megatron_dft.hf.collective import gather, raise_together
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.storage.safetensors import Writer
+from megatron_dft.storage.safetensors_writer import Writer
 
 MAX_FILE_BYTES = 5 * 10**9
 
@@ -43,7 +43,7 @@ def save_hf(
     tensor. The directory appears by one rename, complete and flushed; a killed export leaves a
     hidden `.NAME.incomplete`, which the next one removes. If one rank fails, all raise its error.
     """
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.staging_path(out)
     raise_together(_attempt(lambda: _on_rank0(lambda: directory.start(checkpoint, out, overwrite))))
     raise_together(_attempt(lambda: _check_visible(staging)))
