@@ -1,14 +1,16 @@
 """`megatron-dft plan`: its arithmetic against real ranks, its refusals, its simulation."""
 
+import dataclasses
 import json
 
 import pytest
 
 from megatron_dft import cli
-from megatron_dft.cluster import memory, model_shape
+from megatron_dft.cluster import memory, model_shape, speed
 from tests.hf.tiny import make_tiny
 from tests.recovery.runs import run
 from tests.train.launch import flags
+from tools import plan_comments
 
 LLAMA_70B = dict(
     architectures=["LlamaForCausalLM"],
@@ -121,6 +123,10 @@ def test_the_bubble():
     assert memory.bubble(memory.Layout(8, 1, 1, 8), job) == 0
 
 
+def flags_of(out):
+    return out.splitlines()[-1].split()
+
+
 def plan(capsys, *words):
     status = cli.main(["plan", *words])
     return status, *capsys.readouterr()
@@ -130,10 +136,10 @@ def test_layouts_and_flags(llama_70b, capsys):
     status, out, _ = plan(capsys, llama_70b, "--nodes", "8", "--tensor-model-parallel-size", "8",
                           "--pipeline-model-parallel-size", "4")  # fmt: skip
     assert status == 0
-    assert "70.55 B parameters on 8 × 8 GPUs" in out
+    assert "70.55 B parameters on 8 × 8 H100 of 80 GB" in out
     assert "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --sequence" in out
     row = next(line for line in out.splitlines() if line.split()[:2] == ["8", "4"])
-    assert "15.8%" in row
+    assert "15.8%" in row and flags_of(out)[-2:] == ["--loss", "dft"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +154,153 @@ def test_layouts_and_flags(llama_70b, capsys):
 def test_what_cannot_be_is_refused(words, message, llama_70b, capsys):
     status, _, err = plan(capsys, llama_70b, *words)
     assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hours", "much"), "--hours: expected a number of tokens such as 3.2e8"),
+        (("--hours", "0"), "--hours: expected a number of tokens"),
+        (("--node-link", "0"), "--node-link: expected GB/s above 0, got 0"),
+        (("--gpu-memory", "-1"), "--gpu-memory: expected GB above 0, got -1"),
+        (("--loss", "asft", "--dft-reference-scores"), "expected no stored scores"),
+    ],
+)
+def test_bad_flags_are_refused(words, message, llama_70b, capsys):
+    status, out, err = plan(capsys, llama_70b, "--nodes", "8", *words)
+    assert status == 2 and message in err and len(err.splitlines()) == 1 and not out
+
+
+def rows_of(out):
+    """The table's rows: name of a column → number."""
+    lines = [line.split() for line in out.splitlines()]
+    head = next(i for i, words in enumerate(lines) if words[:2] == ["TP", "PP"])
+    names = [name for name in lines[head] if name != "GB"]
+    found = []
+    for words in lines[head + 1 :]:
+        if not words or not words[0].isdecimal():
+            break
+        numbers = [float(w.strip("%").replace(",", "")) for w in words[: len(names)]]
+        found.append(dict(zip(names, numbers, strict=True)))
+    return found
+
+
+PARTS = ("weights", "grads", "optim", "ref", "activ", "logits", "reserve")
+
+
+@pytest.mark.parametrize("words", [(), ("--loss", "asft"), ("--loss-chunk-size", "512")])
+def test_the_columns_add_up_and_the_best_come_first(words, llama_70b, capsys):
+    status, out, _ = plan(capsys, llama_70b, "--nodes", "8", "--rows", "99", *words)
+    rows = rows_of(out)
+    assert status == 0 and len(rows) > 5
+    for row in rows:
+        assert row["sum"] == pytest.approx(sum(row[p] for p in PARTS), abs=1e-9)
+        assert row["reserve"] == 6 and row["sum"] <= 80
+        assert (row["ref"] > 0) == ("asft" in words)
+    full = [row["sum"] > 0.92 * 80 for row in rows]
+    assert full == sorted(full)
+    fast = [row["tokens/s"] for row, is_full in zip(rows, full, strict=True) if not is_full]
+    inside = [n for n, row in zip(fast, rows, strict=False) if row["TP"] * row["CP"] <= 8]
+    assert all(b < 1.06 * a for a, b in zip(inside, inside[1:], strict=False))
+    assert rows[0]["TP"] * rows[0]["CP"] <= 8
+
+
+def test_the_reference_and_the_heads_buffer_are_counted():
+    shape = model_shape.shape_of(LLAMA_70B)
+    layout = memory.Layout(8, 8, 1, 1)
+
+    def last(**given):
+        job = memory.Job(4096, 8, **given)
+        return memory._logits(shape, job, layout), memory.fullest(shape, job, layout)
+
+    vocab = 129024 / 8  # 128,256, a multiple of 128 · 8
+    assert shape.padded_vocab(8) == 129024
+    assert last()[0] == 10 * 4096 * vocab
+    assert last(kl=True)[0] == 2 * last()[0]
+    assert last(chunk=512)[0] == 10 * 512 * vocab + 4 * 4096 * 8192
+    assert last(chunk=9999)[0] == last()[0] + 4 * 4096 * 8192
+    plain, held = last()[1], last(reference=True)[1]
+    assert held.reference == held.weights == plain.weights and plain.reference == 0
+    assert held.total - plain.total == held.weights
+
+
+def test_the_layout_stays_inside_the_node_if_it_can(capsys, tmp_path):
+    """Eight experts over eight GPUs of two nodes of four: EP 4 before EP 8, however fast."""
+    config = LLAMA_70B | {
+        "model_type": "mixtral", "hidden_size": 1024, "num_hidden_layers": 8,
+        "intermediate_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "num_attention_heads": 16, "vocab_size": 32000,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--nodes", "2", "--gpus-per-node", "4", "--node-link", "10000", "--rows", "99")
+    rows = rows_of(plan(capsys, str(tmp_path), *words)[1])
+    outside = [row["EP"] > 4 or row["CP"] > 1 and row["TP"] * row["CP"] > 4 for row in rows]
+    assert any(outside) and outside == sorted(outside)
+
+
+QWEN_1_5B = model_shape.shape_of(
+    dict(
+        model_type="qwen2", hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True,
+    )
+)  # fmt: skip
+
+
+def test_the_measured_step():
+    """One H200, 4 rows of 4,096 tokens: 630 ms a step, 26,000 tokens/s."""
+    job, on = memory.Job(4096, 4), speed.Cluster(speed.GPUS["h200"])
+    alone = memory.Layout(1, 1, 1, 1)
+    assert speed.step_seconds(QWEN_1_5B, job, alone, on) == pytest.approx(0.630, rel=0.03)
+    assert speed.tokens_per_second(QWEN_1_5B, job, alone, on) == pytest.approx(26_000, rel=0.03)
+
+
+def test_the_speed_is_the_arithmetic_it_says():
+    """A step of TP 2 × PP 2 × DP 2 put together by hand, part by part."""
+    job, layout = memory.Job(4096, 16), memory.Layout(2, 2, 1, 2)
+    on = speed.Cluster(speed.GPUS["h100"], gpus_per_node=4)
+    h, layers, tokens = 1536, 14, 4096
+    attention = h * (12 + 2 * 2) * 128 + (12 + 4) * 128 + h * h + 2 * h
+    flops = tokens * (2 * (attention + 3 * h * 8960) + 2 * 1536 * 4096) / 2
+    forward = layers * flops / 6e14
+    vocab = 152064 / 2
+    head = 3 * 2 * tokens * vocab * h / 6e14 + 58 * tokens * vocab / 2.45e12
+    transfers = layers * 8 * tokens * h * 2 / 2 / (0.8 * 450e9)
+    micro = 3 * forward + layers * 200 * 13e-6 + transfers + head
+    held = layers * (h * 2048 / 2 + 2048 / 2 + h * h / 2 + 2 * h + 3 * h * 8960 / 2) + vocab * h
+    link = 0.8 * speed.NODE_LINK  # TP 2 × DP 2 of each stage stay inside four GPUs
+    link = 0.8 * 450e9
+    hidden = max(0, 4 * held / 2 / link - 2 * forward) + max(0, 2 * held / 2 / link - forward)
+    want = micro * (8 + 1) + hidden + 32 * held / 2 / 2.45e12
+    assert speed.step_seconds(QWEN_1_5B, job, layout, on) == pytest.approx(want, rel=1e-6)
+
+
+def test_what_makes_a_step_slower_does():
+    on, job = speed.Cluster(speed.GPUS["h100"]), memory.Job(4096, 32)
+    small = speed.Cluster(speed.GPUS["h100"], gpus_per_node=2)
+
+    def seconds(layout=(2, 1, 2, 4), on=on, **given):
+        changed = dataclasses.replace(job, **given)
+        return speed.step_seconds(QWEN_1_5B, changed, memory.Layout(*layout), on)
+
+    for slower in (
+        seconds(recompute=True), seconds(reference=True), seconds(kl=True), seconds(chunk=1024),
+        seconds(on=small), seconds((2, 1, 4, 2)), seconds(global_batch=36),
+    ):  # fmt: skip
+        assert slower > seconds()
+    assert seconds((1, 1, 1, 8)) < seconds((1, 2, 1, 4))
+    assert seconds(on=speed.Cluster(speed.GPUS["h200"])) < seconds()
+
+
+def test_hours(llama_70b, capsys):
+    said = plan(capsys, llama_70b, "--nodes", "8", "--hours", "1.5B")[1]
+    rate = rows_of(said)[0]["tokens/s"]
+    hours = float(said.split("1,500,000,000 tokens: about ")[1].split()[0])
+    assert hours == pytest.approx(1.5e9 / rate / 3600, rel=0.06)
+
+
+@pytest.mark.parametrize("config", plan_comments.configurations(), ids=lambda path: path.stem)
+def test_the_comment_of_a_configuration_is_what_plan_says(config):
+    assert plan_comments.with_comment(config) == config.read_text(encoding="utf-8")
 
 
 def test_an_unknown_architecture_is_refused(tmp_path, capsys):
