@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 from megatron_dft.compat import stock_script
+from megatron_dft.compat.stock_places import PlaceError
 
 _USAGE = "usage: python -m megatron_dft.stock_run pretrain_gpt.py --loss NAME <Megatron's flags>"
 
@@ -27,7 +28,7 @@ def main(words: list[str]) -> int:
     except OSError as error:
         print(f"stock_run: expected a script, got {script}: {error.strerror}", file=sys.stderr)
         return 2
-    except stock_script.PlaceError as error:
+    except PlaceError as error:
         print(
             f"stock_run: {script}: {error}; see what `megatron-dft patch` says of it, or use "
             "megatron_dft.train",

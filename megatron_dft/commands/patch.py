@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dft.compat import stock_script
+from megatron_dft.compat.stock_places import PlaceError, find
 from megatron_dft.storage.files import write_whole
 
 SUMMARY = "put --loss into the pretrain_gpt.py of a Megatron-LM checkout, or take it out"
@@ -96,7 +97,7 @@ def patched(content: bytes, known: list[Known]) -> tuple[bytes, Known | None]:
     release = next((one for one in known if one.before == blob_hash(content)), None)
     after = stock_script.apply(content)
     if stock_script.revert(after) != content:
-        raise stock_script.PlaceError("lines that can be taken out again", "another script")
+        raise PlaceError("lines that can be taken out again", "another script")
     if release is not None and blob_hash(after) != release.after:
         raise ValueError(
             f"{release.path}: expected to lead to a {SCRIPT} of hash {release.after[:10]}, got "
@@ -109,7 +110,7 @@ def patched(content: bytes, known: list[Known]) -> tuple[bytes, Known | None]:
 def _one_line_errors(path: Path, core: str) -> Iterator[None]:
     try:
         yield
-    except stock_script.PlaceError as error:
+    except PlaceError as error:
         raise ValueError(
             f"--megatron-lm: {path}: expected {error.expected}, got {error.got}; {by_hand(core)}"
         ) from None
@@ -167,7 +168,7 @@ def _applied(
         write_whole(script.resolve(), before)
         print(f"{script}: --loss taken out (git hash {blob_hash(before)[:10]})")
         return 0
-    stock_script.find(before)  # lines that stand, but no longer on what they wrap, are no patch
+    find(before)  # lines that stand, but no longer on what they wrap, are no patch
     release = next((one for one in known if one.after == blob_hash(content)), None)
     name = f"--loss ({release.release if release else 'a script of its own'}, megatron-core {core})"
     print(

@@ -15,6 +15,7 @@ import pytest
 from megatron_dft import cli
 from megatron_dft.commands import patch as patch_command
 from megatron_dft.compat import stock_script
+from megatron_dft.compat.stock_places import PlaceError
 from tests.patches.checkouts import MIRROR, copy_scripts, sources
 from tests.ranks import run_ranks
 
@@ -85,7 +86,7 @@ def test_an_older_commit_of_main(commit):
 
 
 def test_a_commit_with_another_contract_is_refused():
-    with pytest.raises(stock_script.PlaceError, match="loss_func_modelopt"):
+    with pytest.raises(PlaceError, match="loss_func_modelopt"):
         stock_script.apply(_script_of(REPORTS_A_TUPLE))
 
 
