@@ -2,8 +2,8 @@
 
 A script is taken whatever else stands in it, as long as the three places are what
 `megatron_dft.stock` wraps: loss_func(loss_mask, output_tensor, model=None) returning (loss, tokens,
-report) with a tensor report["lm loss"], and one call of what parses the command line. Anything else raises `PlaceError`.
-Nothing of the script is run, and torch and Megatron are not imported.
+report) with a tensor report["lm loss"], and one call of what parses the command line. Anything
+else raises `PlaceError`. Nothing of the script is run; torch and Megatron are not imported.
 """
 
 import ast

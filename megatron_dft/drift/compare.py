@@ -151,7 +151,7 @@ class Comparison:
         threshold = support.quantile(blocks, info.numel, is_coarse, support.QUANTILE)
         if whole is None or not wanted:
             return threshold, None
-        if not bool(torch.isfinite(torch.linalg.vector_norm(whole, dtype=torch.float64))):
+        if not all(bool(torch.isfinite(part).all()) for part in held.split(BLOCK)):
             return threshold, None  # the pass over the blocks says where
         return threshold, principal.directions(whole.view(info.shape), max(self._ks))
 

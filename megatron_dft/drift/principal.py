@@ -12,10 +12,13 @@ that is reported, in units of σ₁. A bound on the share itself would be idle w
 dense near k, which is also where it matters least which directions count.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from megatron_dft.drift.moments import BLOCK, dot
 
 _STEPS = 8  # blocks of the Krylov space
 _GUARD = 16  # directions beyond the largest k: the last few settle last
@@ -63,7 +66,7 @@ def directions(base: torch.Tensor, largest: int) -> Directions | None:
 
     `base`: float32 [m, n], contiguous, not changed.
     """
-    norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+    norm = _norm(base)
     if not norm or not base.numel():
         return None
     is_wide = base.shape[0] < base.shape[1]
@@ -81,6 +84,11 @@ def directions(base: torch.Tensor, largest: int) -> Directions | None:
         left, right = right, left
     values, residuals = found.values[:kept], found.residuals[:kept]
     return Directions(left, right, values, residuals)
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    """‖W‖_F. torch's vector_norm in float64 would hold a float64 copy of it all."""
+    return math.sqrt(sum(dot(part, part) for part in matrix.view(-1).split(BLOCK)))
 
 
 def _whole(tall: torch.Tensor, norm: float) -> Directions:
