@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_dft.data.cache import partial_path
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
-from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.files import read_json_object, write_whole
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
 VERSION = 1
@@ -78,7 +78,7 @@ class TokenStore:
     @classmethod
     def open(cls, directory: Path) -> TokenStore:
         """Maps a finished store; raises ValueError where its files do not fit its meta.json."""
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = _meta(directory)
         arrays: list[np.ndarray] = []
         for name, kind in _ARRAYS.items():
             path, expected = directory / name, meta["bytes"][name]
@@ -163,6 +163,28 @@ class StoreWriter:
         for file in self._files.values():
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _meta(directory: Path) -> dict[str, Any]:
+    """meta.json; ValueError where it is not what `finish` wrote."""
+    try:
+        meta = read_json_object(directory / "meta.json")
+        sizes, counts = meta.get("bytes"), meta.get("counts")
+        whole = isinstance(sizes, dict) and all(
+            type(sizes.get(name)) is int and sizes[name] >= 0 and sizes[name] % int(kind[-1]) == 0
+            for name, kind in _ARRAYS.items()
+        )
+        paths = meta.get("paths", [])
+        if not (whole and isinstance(counts, dict) and isinstance(paths, list)):
+            raise ValueError("meta.json lacks sizes, counts or paths")
+        if not all(type(n) is int for n in counts.values()):
+            raise ValueError("meta.json counts something that is no number")
+    except ValueError as error:
+        raise ValueError(
+            f"the data cache {str(directory)!r} is damaged: {error}; delete the directory and "
+            "start again"
+        ) from None
+    return meta
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -39,7 +39,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path_or_name), revision=revision, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a hostile tokenizer.json: a plain Exception, TypeError …
             raise ValueError(
                 f"tokenizer {str(path_or_name)!r} cannot be loaded: {_first_line(error)}; give a "
                 "directory with tokenizer.json, a sentencepiece .model file, or a hub name"
