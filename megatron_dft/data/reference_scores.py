@@ -61,14 +61,18 @@ def _read(path: Path) -> dict[str, Any]:
         found = read_json_object(path)
         if found.get("version") != VERSION:
             raise ValueError(f"version {str(found.get('version'))[:40]}")
-        data, model, tokens = found.get("data"), found.get("model"), found.get("tokens", 1)
+        data, model = found.get("data"), found.get("model")
+        # A plan has no tokens and no hash yet.
+        tokens, sha256 = (found.get(k, d) for k, d in (("tokens", 1), ("sha256", "")))
+        if path.name == _HEADER and not {"tokens", "sha256"} <= found.keys():
+            raise ValueError("its number of tokens or its hash is missing")
         if not isinstance(data, dict) or not has_sources(data):
             raise ValueError("it does not say of which data")
         if not {"cut", "seq_length", "overlong"} <= data.keys():
             raise ValueError("it does not say of which data")
         if not isinstance(model, dict) or not {"name", "dtype"} <= model.keys():
             raise ValueError("it does not say of which model")
-        if type(tokens) is not int or tokens < 1 or not isinstance(found.get("sha256", ""), str):
+        if type(tokens) is not int or tokens < 1 or not isinstance(sha256, str):
             raise ValueError("its number of tokens or its hash is none")
         return found
     except ValueError as error:
