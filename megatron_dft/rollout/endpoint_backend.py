@@ -77,7 +77,6 @@ class EndpointBackend:
                 self._watch(results, errors)
                 if errors and gone is None:
                     gone = errors[0]
-                    self._stop.set()
                     for future in waiting:
                         future.cancel()
                 if results:
@@ -102,7 +101,7 @@ class EndpointBackend:
         path, body = protocol.request(draw, self._model, self._decoding, self._raw)
         result: Answer | Fault = Fault("answer not asked for, as the server was gone")
         for attempt in range(self._retries + 1):
-            if attempt and self._stop.wait(self._pause(attempt)):
+            if self._stop.wait(self._pause(attempt)):
                 break
             try:
                 response = self._client.post(self._url + path, json=body)
@@ -119,9 +118,10 @@ class EndpointBackend:
         return result
 
     def _pause(self, attempt: int) -> float:
-        return min(self._first_wait * 2 ** (attempt - 1), _WAIT_MOST_SECONDS)
+        return min(self._first_wait * 2 ** (attempt - 1), _WAIT_MOST_SECONDS) if attempt else 0.0
 
     def _gone(self, why: str) -> BackendGone:
+        self._stop.set()  # here already: the threads that wait need not ask
         return BackendGone(
             f"--endpoint {self._url}: {why}; what it answered is stored: start it again and run "
             "the same command for the rest"

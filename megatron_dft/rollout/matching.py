@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from decimal import MAX_EMAX, MIN_EMIN, Context, DecimalException
 from typing import Any
 
 from megatron_dft.rollout.verdict import Check, Task, Verdict
 
 _NUMBER = re.compile(r"[-+]?(\d[\d,]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WRAPPING = "$ .*"
+_PLAIN_DIGITS = 40  # 1e999999 is not written out
 
 
 def exact(marker: str | None) -> Check:
@@ -57,10 +59,19 @@ def canonical(text: Any) -> str:
     """One form for equal answers: blanks trimmed; numbers as numbers, 1,234 as 1234.0 and $1234."""
     plain = " ".join(str(text).split())
     bare = plain.strip(_WRAPPING) if not plain.startswith(".") else plain.rstrip(_WRAPPING)
-    if _NUMBER.fullmatch(bare):
-        value = float(bare.replace(",", ""))
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    return plain
+    return _number(bare) if _NUMBER.fullmatch(bare) else plain
+
+
+def _number(text: str) -> str:
+    """Exact, whatever the number of digits."""
+    whole = Context(prec=len(text), Emax=MAX_EMAX, Emin=MIN_EMIN)
+    try:
+        value = whole.create_decimal(text.replace(",", "")).normalize(whole)
+    except DecimalException:  # an exponent beyond all bounds
+        return text
+    if not value:
+        return "0"  # and -0 is 0
+    return f"{value:f}" if abs(value.adjusted()) < _PLAIN_DIGITS else str(value)
 
 
 def after(marker: str, text: str) -> str | None:

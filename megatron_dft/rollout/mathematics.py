@@ -48,7 +48,9 @@ def _as_latex(answer: Any, marker: str | None) -> str:
 
 
 def _parsed(text: str) -> list[Any]:
-    return math_verify.parse(text, **_NO_LIMIT)
+    # math-verify takes several boxes together; what counts is what was said last.
+    last = text.rfind("\\boxed")
+    return math_verify.parse(text[max(last, 0) :], **_NO_LIMIT)
 
 
 def _vote(found: list[Any]) -> str:
