@@ -72,8 +72,14 @@ def stop_ids(tokenizer: Any, configured: int | list[int] | None) -> set[int]:
         except Exception:  # it wants variables of its own; its prompts are rendered with them
             return stops
         rest = tokenizer(text.partition(_MARK)[2], add_special_tokens=False)["input_ids"]
-        stops |= set(rest[:1]) & set(tokenizer.all_special_ids)
+        # Not all_special_ids: a token may be special without a name such as eos.
+        stops |= {i for i in rest[:1] if _is_special(tokenizer, i)}
     return stops
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and added.special
 
 
 def model_digest(path: Path) -> str:

@@ -78,6 +78,9 @@ class TransformersBackend:
         except (OSError, KeyError) as error:
             reason = first_line(error)
             raise ValueError(f"--model {self._name!r} cannot be loaded: {reason}") from None
+        # `generate` fills what a call leaves open from the checkpoint's own settings: a penalty of
+        # repetitions or a top-k would change what is sampled.
+        model.generation_config = GenerationConfig()
         return model.to(self._device).eval()
 
     def identity(self) -> dict[str, Any]:
@@ -105,7 +108,6 @@ class TransformersBackend:
     @torch.inference_mode()
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """Ids [rows, longest prompt + new] of prompts (left-padded) and answers."""
-        # A fresh configuration: the checkpoint's own may penalise repetitions or set a top-k.
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self._decoding.max_tokens,
@@ -142,7 +144,7 @@ class TransformersBackend:
         stops, tokenizer = self._prompts.stops, self._prompts.tokenizer
         end = next((i for i, token in enumerate(ids) if token in stops), None)
         drawn = ids if end is None else ids[: end + 1]
-        text = str(tokenizer.decode(drawn, skip_special_tokens=True))
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
         cut = min((text.find(s) for s in self._decoding.stop if s in text), default=None)
         if cut is None:
             return Answer(text, len(drawn), "length" if end is None else "stop")

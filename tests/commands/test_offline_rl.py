@@ -168,10 +168,9 @@ def test_evaluate_several_models_on_several_sets(prompts, tmp_path, capsys):
     assert result["scores"]["old"]["two"]["avg@4"]["value"] == 0
     gain = result["gains"]["new over old"]["prompts"]
     assert gain["value"] == pytest.approx(sum(right) / 32) and gain["low"] > 0
+    of_two = result["scores"]["new"]["two"]["avg@4"]["value"]
     mean = result["scores"]["new"]["mean"]["avg@4"]["value"]
-    assert mean == pytest.approx(
-        (sum(right) / 32 + result["scores"]["new"]["two"]["avg@4"]["value"]) / 2
-    )
+    assert mean == pytest.approx((sum(right) / 32 + of_two) / 2)
     said = capsys.readouterr().out
     assert "avg@4" in said and "maj@4" in said and "new over old" in said
     assert (tmp_path / "e" / "scores.png").read_bytes()[:4] == b"\x89PNG"
@@ -185,10 +184,8 @@ def test_evaluate_checkpoints_in_parts(model, prompts, tmp_path):
         assert not (tmp_path / "parts" / "scores.json").exists()
     assert command(*words, "--out", tmp_path / "parts") == 0
     assert command(*words, "--out", tmp_path / "whole") == 0
-    parts, whole = (
-        json.loads((tmp_path / d / "scores.json").read_text()) for d in ("parts", "whole")
-    )
-    assert parts == whole
+    found = [json.loads((tmp_path / d / "scores.json").read_text()) for d in ("parts", "whole")]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

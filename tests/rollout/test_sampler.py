@@ -1,8 +1,10 @@
 """Samples of a tiny model: drawn from the right distribution, each by its own seed, kill-proof."""
 
+import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 
@@ -80,10 +82,11 @@ def test_greedy_is_the_most_probable_token_each_time(model):
 def test_a_small_nucleus_is_greedy_and_the_models_own_settings_do_not_count(model, tmp_path):
     greedy = Decoding(temperature=0, max_tokens=6)
     nucleus = Decoding(temperature=1.0, top_p=1e-6, max_tokens=6)
-    penalised = backend(model, nucleus)
-    penalised._model.generation_config.repetition_penalty = 50.0
+    penalised = shutil.copytree(model, tmp_path / "penalised")
+    own = penalised / "generation_config.json"
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"repetition_penalty": 50.0}))
     draw_samples(tmp_path / "g", PROMPTS, 1, greedy, backend(model, greedy))
-    draw_samples(tmp_path / "n", PROMPTS, 1, nucleus, penalised)
+    draw_samples(tmp_path / "n", PROMPTS, 1, nucleus, backend(str(penalised), nucleus))
     assert texts(tmp_path / "g") == texts(tmp_path / "n")
 
 

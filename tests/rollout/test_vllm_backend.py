@@ -30,7 +30,8 @@ class LLM:
         self.given = locals()
 
     def generate(self, prompts, sampling_params, *, use_tqdm):
-        return [self._output(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params)]
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self._output(p["prompt_token_ids"], s) for p, s in pairs]
 
     def _output(self, ids, params):
         finish = "abort" if params.seed == sample_seed(1, 4, 1) else "length"
