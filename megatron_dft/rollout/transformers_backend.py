@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,6 +21,8 @@ from transformers import (
 from megatron_dft.rollout.draws import Answer, Decoding, Draw, Result
 from megatron_dft.rollout.prompt_tokens import PromptTokens, first_line
 from megatron_dft.rollout.prompts import Prompt
+
+_KEYS_AND_VALUES = {"full_attention", "sliding_attention"}
 
 
 class SeededChoice(LogitsProcessor):
@@ -95,9 +98,12 @@ class TransformersBackend:
 
     def generate(self, draws: Sequence[Draw]) -> Iterator[list[Result]]:
         """One batch, all at once; raises ValueError where the memory does not hold it."""
-        ids, mask = self._padded([self._prompts.ids(d.prompt) for d in draws])
+        prompts = {d.prompt.number: self._prompts.ids(d.prompt) for d in draws}
+        places = {number: i for i, number in enumerate(prompts)}
+        ids, mask = self._padded(list(prompts.values()))
+        rows = torch.tensor([places[d.prompt.number] for d in draws], device=self._device)
         try:
-            out = self._generate(ids, mask, [d.seed for d in draws])
+            out = self._generate(ids, mask, rows, [d.seed for d in draws])
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"--batch-size {len(draws)}: the GPU's memory does not hold it; lower it"
@@ -106,8 +112,13 @@ class TransformersBackend:
         yield [(draw, self._answer(row)) for draw, row in zip(draws, new, strict=True)]
 
     @torch.inference_mode()
-    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """Ids [rows, longest prompt + new] of prompts (left-padded) and answers."""
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, seeds: list[int]
+    ) -> torch.Tensor:
+        """Ids [rows, longest prompt + new] of prompts and answers.
+
+        ids, mask: int64 [prompts, longest], left-padded; rows: the prompt of each answer.
+        """
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self._decoding.max_tokens,
@@ -117,12 +128,39 @@ class TransformersBackend:
         )
         stopping = {"tokenizer": self._prompts.tokenizer} if self._decoding.stop else {}
         return self._model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids[rows],
+            attention_mask=mask[rows],
+            past_key_values=self._prefilled(ids, mask, rows),
             generation_config=config,
             logits_processor=self._processors(seeds),
             **stopping,
         )
+
+    def _prefilled(
+        self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor
+    ) -> DynamicCache | None:
+        """Keys and values of all prompt tokens but the last, computed once for a prompt's answers.
+
+        None where `generate` has to see to it: no prompt has two answers here, or the layers keep
+        something else than keys and values.
+        """
+        layout = self._model.config.get_text_config()
+        plain = set(getattr(layout, "layer_types", None) or ()) <= _KEYS_AND_VALUES
+        plain = plain and self._model._supports_default_dynamic_cache()
+        if len(rows) == len(ids) or ids.shape[1] < 2 or not plain:
+            return None
+        cache = DynamicCache(config=layout)
+        seen = mask[:, :-1]
+        self._model(
+            input_ids=ids[:, :-1],
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(rows)
+        return cache
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
         how = self._decoding
