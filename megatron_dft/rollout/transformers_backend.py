@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -130,36 +131,38 @@ class TransformersBackend:
         return self._model.generate(
             input_ids=ids[rows],
             attention_mask=mask[rows],
-            past_key_values=self._prefilled(ids, mask, rows),
             generation_config=config,
             logits_processor=self._processors(seeds),
+            **self._prefilled(ids, mask, rows),
             **stopping,
         )
 
     def _prefilled(
         self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor
-    ) -> DynamicCache | None:
-        """Keys and values of all prompt tokens but the last, computed once for a prompt's answers.
+    ) -> dict[str, DynamicCache]:
+        """Keys and values of all prompt tokens but the last, once for all answers of a prompt.
 
-        None where `generate` has to see to it: no prompt has two answers here, or the layers keep
+        Nothing where `generate` has to see to it: no prompt has two answers, or the layers keep
         something else than keys and values.
         """
         layout = self._model.config.get_text_config()
         plain = set(getattr(layout, "layer_types", None) or ()) <= _KEYS_AND_VALUES
         plain = plain and self._model._supports_default_dynamic_cache()
         if len(rows) == len(ids) or ids.shape[1] < 2 or not plain:
-            return None
-        cache = DynamicCache(config=layout)
+            return {}
+        # The argument was renamed within transformers 5.
+        known = inspect.signature(self._model.forward).parameters
+        cache = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=layout)}
         seen = mask[:, :-1]
         self._model(
             input_ids=ids[:, :-1],
             attention_mask=seen,
             position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache,
         )
-        cache.batch_select_indices(rows)
+        next(iter(cache.values())).batch_select_indices(rows)
         return cache
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
