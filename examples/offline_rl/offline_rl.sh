@@ -5,7 +5,7 @@
 #   bash examples/offline_rl/offline_rl.sh
 #
 # 1. start   a few steps of SFT on 24 worked problems: the model learns to answer in the asked form
-# 2. sample  4 answers at temperature 1 to each of 200 other problems; kill -9 in the middle, and on again
+# 2. sample  4 answers at temperature 1 to each of 150 other problems; kill -9 in the middle, and on again
 # 3. verify  the answers behind #### are compared with the right ones; right ones are kept
 # 4. train   offline DFT and SFT on the same kept samples, the same steps and learning rate
 # 5. score   exact match on 100 held-out problems in other words: sampled (Avg@4) and greedy
@@ -24,11 +24,14 @@ cd "$root"
 setup_env quickstart
 started=$SECONDS
 work=${WORK:-runs/offline_rl} quick=examples/quickstart
-demonstrations=24 problems=200 held_out=100 warm_steps=8 steps=40
+demonstrations=24 problems=150 held_out=100 warm_steps=8 steps=30
 mkdir -p "$work"
 
 # glibc gives every large buffer back to the kernel and takes page faults for the next one.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+# On a CPU that multiplies bfloat16 in hardware, answers come two to three times as fast.
+dtype=float32
+if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 # Two processes of one thread do more than one of two: a decoding step is small.
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
@@ -53,7 +56,7 @@ train() {
 
 sample=(
     sample --model "$work/start" --prompts "$work/problems.jsonl"
-    --samples 4 --temperature 1 --max-tokens 40 --batch-size 50 --device cpu
+    --samples 4 --temperature 1 --max-tokens 40 --batch-size 60 --device cpu --dtype "$dtype"
 )
 # draw DIR: two processes fill it together
 draw() {
@@ -88,11 +91,11 @@ if [ ! -e "$work/samples/drawn" ]; then
     draw "$work/samples"
     touch "$work/samples/drawn"
 fi
-say "the same without a kill"
-draw "$work/samples_unbroken"
-cmp <(samples_of "$work/samples") <(samples_of "$work/samples_unbroken") ||
+say "the killed half once more, without a kill"
+dft "${sample[@]}" --out "$work/samples_unbroken" --part 0/2
+cmp <(sort "$work/samples/samples.0-of-2.jsonl") <(samples_of "$work/samples_unbroken") ||
     die "the killed run has other samples than the unbroken one"
-say "the killed and resumed run has the same $(samples_of "$work/samples" | wc -l) samples"
+say "killed and unbroken: the same $(samples_of "$work/samples_unbroken" | wc -l) samples"
 
 verifier=(--verifier exact --marker '####')
 dft verify "$work/samples" "${verifier[@]}" --keep correct --out "$work/kept.jsonl"
@@ -108,8 +111,8 @@ score() {
     shift
     local evaluate=(
         evaluate --models start="$work/start" sft="$work/sft" dft="$work/dft"
-        --sets held_out="$work/held_out.jsonl" --max-tokens 40 --batch-size 50 --device cpu
-        "${verifier[@]}" --out "$out" "$@"
+        --sets held_out="$work/held_out.jsonl" --max-tokens 40 --batch-size 60 --device cpu
+        --dtype "$dtype" "${verifier[@]}" --out "$out" "$@"
     )
     dft "${evaluate[@]}" --part 0/2 &
     first=$!
