@@ -36,7 +36,7 @@ def _train(args: Any) -> None:
     from megatron_dft.compat import checkpointing
     from megatron_dft.recovery.supervise import supervised
     from megatron_dft.step.forward_step import forward_step
-    from megatron_dft.training import model, output
+    from megatron_dft.training import agreement, model, output
     from megatron_dft.training.data_provider import datasets_provider
     from megatron_dft.training.identity import run_identity
 
@@ -49,6 +49,7 @@ def _train(args: Any) -> None:
     out = output.Output(args, handle)
     out.install()
     with supervised(args, run_identity()):
+        agreement.install()
         pretrain(
             pretrain_cfg_container_from_args(args, config),
             datasets_provider,

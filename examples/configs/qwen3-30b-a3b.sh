@@ -11,6 +11,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 TRAIN_ARGS=(
     --hf-model "${MODEL:-Qwen/Qwen3-30B-A3B}" "${RECIPE[@]}"
-    --expert-model-parallel-size 8 --moe-token-dispatcher-type alltoall
+    --expert-model-parallel-size 8 --moe-token-dispatcher-type alltoall --moe-grouped-gemm
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
 )

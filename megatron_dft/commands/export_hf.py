@@ -8,6 +8,7 @@ from megatron_dft.commands.conversion import add_source_arguments, bar, compare_
 from megatron_dft.hf import bridge
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
+from megatron_dft.storage.lock import held
 
 SUMMARY = "torch_dist checkpoint -> Hugging Face directory, on CPU, without holding the model"
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()
+    with held("OUT", args.out, beside=True):
+        return _export(args)
+
+
+def _export(args: argparse.Namespace) -> int:
     from megatron_dft.hf.card import model_card
     from megatron_dft.hf.convert_export import export_checkpoint, find_iteration, training_args
 

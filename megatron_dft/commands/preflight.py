@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dft.cluster import node_checks
+from megatron_dft.compat import loopback
 
 SUMMARY = "check the nodes of an allocation"
 _SKEW = 5.0  # seconds
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Status 0 where every node is fit, 1 where not or where they do not meet in time."""
     rank, size = _place()
     found = node_checks.check(args.run_dir, args.procs_per_node, args.need_gb, args.training)
+    loopback.install()
     backend = "nccl" if found["gpus"] and not found["wrong"] else "gloo"
     try:
         # The nodes agree over gloo first: a node without GPUs could not join NCCL.

@@ -18,9 +18,8 @@ from typing import Any
 
 from megatron_dft.cluster.model_shape import read_config
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.recovery.exit_codes import REFUSED
 from megatron_dft.storage.files import read_json_object
-from megatron_dft.training.launch import configure, one_line
+from megatron_dft.training.launch import REFUSED, configure, one_line
 
 
 def _config_only(directory: Path) -> HFCheckpoint:

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from megatron_dft.cpu import runtime
+from megatron_dft.drift.scoring import load_model
 from megatron_dft.hf.config import own_layers
 from megatron_dft.hf.source import open_checkpoint
 
@@ -72,9 +73,7 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
 
 
 def _transformers_logits(hf_directory: str, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
+    model = load_model(hf_directory)
     with torch.no_grad():
         return model(ids).logits
 

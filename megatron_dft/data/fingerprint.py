@@ -18,6 +18,9 @@ FILE_NAME = "megatron_dft_data.json"
 # Where each difference comes from, in the user's words.
 _FLAGS = {
     "weights": "the weights of --train-data",
+    "mixture": "caps and epochs of --train-data",
+    "valid_share": "--valid-share",
+    "held_out_part": "which part of --valid-share this is",
     "seed": "--seed",
     "seq_length": "--seq-length",
     "overlong": "--overlong",
@@ -31,6 +34,7 @@ _FLAGS = {
     "template_args": "--chat-template-args or the special tokens",
     "template_date": "--template-date",
     "chat_rewrites": "--chat-rewrites",
+    "chat_drops": "--chat-drops",
     "version": "the tokenised format of this release",
 }
 

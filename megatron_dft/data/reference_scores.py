@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dft.data.cache import content_hash
 from megatron_dft.data.fingerprint import differences, has_sources
 from megatron_dft.data.overlong import Conversations
 from megatron_dft.data.packing import windows
@@ -41,6 +42,7 @@ def data_identity(conversations: Conversations, identity: Mapping[str, Any]) -> 
         "cut": conversations.digest(),
         "seq_length": identity["seq_length"],
         "overlong": identity["overlong"],
+        "valid_share": identity.get("valid_share", 0),
     }
 
 
@@ -50,6 +52,7 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     if not found and saved["cut"] != current["cut"]:
         was, now = (
             f"--seq-length {d['seq_length']} with --overlong {d['overlong']}"
+            f" and --valid-share {d.get('valid_share', 0):g}"
             for d in (saved, current)
         )
         found.append(f"other conversations are left out or cut: was {was}, is {now}")
@@ -121,6 +124,19 @@ class ReferenceScores:
             )
         self._scores = np.memmap(path, dtype="<f4", mode="r")
         self._starts = np.empty(0, dtype=np.int64)
+
+    def check_content(self, cache: Path | None) -> None:
+        """Raise ValueError unless the scores are those that were written.
+
+        Reads all of them, once: `cache` (that of the tokens) remembers the file's hash.
+        """
+        path = self.directory / _SCORES
+        found, expected = content_hash(path, cache), self.header.get("sha256")
+        if found != expected:
+            raise ValueError(
+                f"{FLAG}: {str(path)!r} is not what was scored: its SHA-256 is {found}, "
+                f"{_HEADER} says {expected}; delete the directory and score again"
+            )
 
     def attach(self, conversations: Conversations, identity: Mapping[str, Any]) -> ReferenceScores:
         """These scores for that data set; ValueError where they were made from another one."""

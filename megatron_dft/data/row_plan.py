@@ -99,6 +99,10 @@ class RowPlan:
     def most_members(self) -> int:
         return max(p.most_members() for p in self._epochs)
 
+    def source_counts(self) -> list[int]:
+        """Conversations that each source gives to an epoch."""
+        return self._order.counts()
+
     def efficiency(self) -> float:
         """Share of the first epoch's positions that hold a conversation's tokens."""
         packs = self._epochs[0]
@@ -120,8 +124,11 @@ class RowPlan:
             packs = pack(order, self._sizes, self._seq_length, None)
         if path is None:
             return packs
-        _save(path, packs)
-        return _load(path)
+        try:
+            _save(path, packs)
+            return _load(path)
+        except OSError:  # a cache that is read-only or full: packed again at the next start
+            return packs
 
 
 def _save(path: Path, packs: Packs) -> None:

@@ -57,7 +57,7 @@ def _groups(result: dict[str, Any]) -> bytes:
         )
         means = [r["mean_prob"] for r in rows]
         ax.plot(range(len(rows)), means, "o", color=plots.colour(1), label="mean", clip_on=False)
-        ax.set_xticks(range(len(rows)), list(result[key]))
+        ax.set_xticks(range(len(rows)), [plots.plain(str(k)) for k in result[key]])
         ax.grid(False)
         ax.set(title=f"Probability by {name}", ylabel="p")
         picture.colorbar(image, ax=ax, label="share of the group")

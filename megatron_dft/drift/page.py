@@ -136,10 +136,12 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The whole page as a string of HTML."""
     links = "".join(f'<a href="#s{i}">{html.escape(s.heading)}</a>' for i, s in enumerate(sections))
     body = "\n".join(_section(s, i) for i, s in enumerate(sections))
-    return (
+    page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{html.escape(title)}</h1><p class="sub">{html.escape(subtitle)}</p>'
         f"<nav>{links}</nav>\n{body}\n</main><script>{_SCRIPT}</script></body></html>\n"
     )
+    # A path that is not UTF-8 comes with lone surrogates, which no file holds.
+    return page.encode("utf-8", "replace").decode("utf-8")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#1f5fa8", "#d1661a", "#2b8a4b", "#9a3fa0", "#b02a37", "#6b7280", "#0f8b8d", "#c29000")
+_LONGEST = 60  # characters of a name
 Report = dict[str, Any]
 
 
@@ -26,6 +27,16 @@ def png(picture: Figure) -> bytes:
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def plain(text: str) -> str:
+    """A name from outside as matplotlib shows it: one line, no formula, never left out.
+
+    A legend drops what begins with an underscore.
+    """
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def colour(index: int) -> str:
@@ -50,7 +61,7 @@ def layers(report: Report) -> bytes:
         keys = _layers(method)
         for ax, field in ((left, "relative_norm"), (right, "unchanged_bf16")):
             values = [method["layers"][k][field] for k in keys]
-            ax.plot([int(k) for k in keys], values, "o-", ms=4, color=colour(i), label=label)
+            ax.plot([int(k) for k in keys], values, "o-", ms=4, color=colour(i), label=plain(label))
     left.set(title="Relative update norm ‖Δ‖/‖θ₀‖")
     norms = [
         row["relative_norm"] for m in report["methods"].values() for row in m["layers"].values()
@@ -76,8 +87,8 @@ def modules(report: Report) -> bytes:
         places = [x + (i - (count - 1) / 2) * 0.8 / count for x in range(len(names))]
         for ax, field in ((left, "relative_norm"), (right, "top1pct_share")):
             values = [method["modules"][m][field] or 0.0 for m in names]
-            ax.bar(places, values, 0.8 / count, color=colour(i), label=label)
-            ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
+            ax.bar(places, values, 0.8 / count, color=colour(i), label=plain(label))
+            ax.set_xticks(range(len(names)), [plain(n) for n in names], rotation=40, ha="right")
     left.set(title="Relative update norm ‖Δ‖/‖θ₀‖")
     right.set(title="Share of ‖Δ‖² in the largest 1 % of entries", ylim=(0, 1.02))
     left.legend(frameon=False)
@@ -98,12 +109,13 @@ def heatmaps(report: Report) -> bytes:
         heat = method["heatmap"]
         data = [[float("nan") if v is None else v for v in row] for row in heat["relative_norm"]]
         image = ax.imshow(data, aspect="auto", cmap="viridis", vmin=0, vmax=top)
-        ax.set_xticks(range(len(heat["modules"])), heat["modules"], rotation=40, ha="right")
+        kinds = [plain(name) for name in heat["modules"]]
+        ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right")
         step = max(1, len(heat["layers"]) // 16)
         shown = [i for i, k in enumerate(heat["layers"]) if not k.isdecimal() or i % step == 0]
-        ax.set_yticks(shown, [heat["layers"][i] for i in shown])
+        ax.set_yticks(shown, [plain(heat["layers"][i]) for i in shown])
         ax.grid(False)
-        ax.set(title=label, ylabel="layer")
+        ax.set(title=plain(label), ylabel="layer")
         picture.colorbar(image, ax=ax, label="‖Δ‖/‖θ₀‖")
     for ax in axes[len(methods) :]:
         ax.set_visible(False)
@@ -116,7 +128,7 @@ def curves(report: Report) -> bytes:
     shares = [100 * s for s in report["curve_shares"]]
     for i, (label, method) in enumerate(report["methods"].items()):
         if method["curve"]:
-            ax.plot(shares, method["curve"], "o-", ms=4, color=colour(i), label=label)
+            ax.plot(shares, method["curve"], "o-", ms=4, color=colour(i), label=plain(label))
     ax.plot(shares, [s / 100 for s in shares], ":", color="#6b7280", label="all weights alike")
     ax.set(
         xscale="log",
@@ -151,12 +163,14 @@ def ranks(report: Report) -> bytes:
             place, rank = int(row["layer"]), row["stable_rank"]
             ax.plot([place, place], [low, rank], color=dot_colour, lw=0.8, alpha=0.5)
             ax.plot([place], [rank], "o", ms=4, color=dot_colour)
-        ax.set(title=label, ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log" if is_wide else "linear")
+        ax.set(
+            title=plain(label), ylabel="stable rank ‖Δ‖²/σ₁²", yscale="log" if is_wide else "linear"
+        )
         if not is_wide:
             ax.set_ylim(0, 1.05 * max(found, default=1.0))
         _number_layers(ax)
     for i, kind in enumerate(kinds):
-        axes[0].plot([], [], "o", ms=5, color=colour(i), label=kind)
+        axes[0].plot([], [], "o", ms=5, color=colour(i), label=plain(kind))
     if kinds:
         picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     for ax in axes[len(methods) :]:
@@ -178,7 +192,7 @@ def cosines(report: Report) -> bytes:
             "o-",
             ms=4,
             color=colour(number),
-            label=f"{cosine['labels'][j]} · {cosine['labels'][i]}",
+            label=plain(f"{cosine['labels'][j]} · {cosine['labels'][i]}"),
         )
     ax.axhline(0, color="#6b7280", lw=0.8)
     ax.set(title="Cosine between updates", ylim=(-1.05, 1.05))

@@ -44,7 +44,7 @@ def to_csv(report: dict[str, Any]) -> str:
         for level, rows in levels.items():
             for name, row in rows.items():
                 writer.writerow((label, level, name, *(row.get(c) for c in _TENSOR_COLUMNS)))
-    return buffer.getvalue()
+    return buffer.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 def _overview(report: dict[str, Any]) -> Section:

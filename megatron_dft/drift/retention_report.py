@@ -22,12 +22,12 @@ def _picture(report: dict[str, Any]) -> bytes:
         for i, label in enumerate(labels):
             places = [x + (i - (len(labels) - 1) / 2) * width for x in range(len(texts))]
             values = [report["methods"][label][t][field] for t in texts]
-            ax.bar(places, values, width, color=plots.colour(i), label=label)
+            ax.bar(places, values, width, color=plots.colour(i), label=plots.plain(label))
         if field == "perplexity":
             for x, text in enumerate(texts):
                 level = report["methods"][labels[0]][text]["base_perplexity"]
                 ax.plot([x - 0.45, x + 0.45], [level] * 2, "--", color="#1c2430", lw=1.2)
-        ax.set_xticks(range(len(texts)), texts)
+        ax.set_xticks(range(len(texts)), [plots.plain(t) for t in texts])
         ax.set(title=title)
     axes[0].legend(frameon=False, fontsize=8)
     return plots.png(picture)

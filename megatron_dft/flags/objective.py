@@ -94,10 +94,12 @@ def _check_chunks(args: argparse.Namespace, objective: Objective) -> None:
             f"--loss-chunk-size: expected at least 1 token, got {args.loss_chunk_size}; "
             "256 is a good start, leave it out for Megatron's own cross entropy"
         )
-    if args.overlap_param_gather:
+    if args.mtp_num_layers and args.gradient_accumulation_fusion:
+        # Megatron's head calls of MTP mark the weight as added; DDP then drops the chunked head's
+        # gradient (core/tensor_parallel/layers.py, core/distributed/distributed_data_parallel.py).
         raise ValueError(
-            "--loss-chunk-size: reads the output layer's weight without calling the layer, which "
-            "--overlap-param-gather does not see; drop one of the two"
+            "--loss-chunk-size: with --mtp-num-layers the head's gradient is lost under gradient "
+            "accumulation fusion; add --no-gradient-accumulation-fusion, or drop one of the two"
         )
     if args.cross_entropy_loss_fusion:
         raise ValueError(

@@ -96,7 +96,7 @@ def import_checkpoint(
     Every tensor is checked to be finite before, and after to come back from what was written, byte
     for byte and none missing or extra. Raises ValueError, and then nothing is left at `out_dir`.
     """
-    auto_bridge, out = _auto_bridge(), Path(out_dir).absolute()
+    auto_bridge, out = _auto_bridge(), directory.target(out_dir)
     check_all_finite(checkpoint)
     staging = directory.start(checkpoint, out, overwrite)
     trust = {"trust_remote_code": trust_remote_code}
@@ -125,7 +125,7 @@ def export_checkpoint(
 
     Raises ValueError when a tensor of the base model is missing, has another shape or holds NaN.
     """
-    auto_bridge, out = _auto_bridge(), Path(out_dir).absolute()
+    auto_bridge, out = _auto_bridge(), directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
     bridge = auto_bridge.from_hf_pretrained(
         str(checkpoint.path), trust_remote_code=trust_remote_code

@@ -74,7 +74,7 @@ def export_checkpoint(
     not fit each other; see `save_hf` for the other arguments and the guarantees.
     """
     source = find_iteration(checkpoint_dir)
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
     reader = TorchDistReader(source)
     with skeleton.single_process():

@@ -48,7 +48,7 @@ def import_checkpoint(
     Tensors keep their dtypes (Megatron converts as it loads). The directory appears complete, by a
     rename. Raises ValueError as `load_hf_weights` does, and when `out_dir` is not empty.
     """
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
     release = iteration_directory(staging, RELEASE)
     release.mkdir()

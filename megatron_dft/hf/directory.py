@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_dft.hf import links
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.files import flush
 from megatron_dft.storage.model_files import INDEX
@@ -36,16 +37,53 @@ _COMPANIONS = (
 )
 
 
+def target(out_dir: str | Path) -> Path:
+    """Where an export given as `out_dir` stands: a link is followed, not replaced."""
+    return Path(os.path.realpath(out_dir))
+
+
 def staging_path(out_dir: Path) -> Path:
     return out_dir.parent / f".{out_dir.name}.incomplete"
 
 
+def _replaced_path(out_dir: Path) -> Path:
+    return out_dir.parent / f".{out_dir.name}.replaced"
+
+
+def heal(out_dir: Path) -> None:
+    """Undo what a kill between the two renames of `_replace` left: the old directory comes back.
+
+    A kill behind them left the old directory to be deleted.
+    """
+    old = _replaced_path(target(out_dir))
+    if not old.is_dir() or old.is_symlink():
+        return
+    if target(out_dir).exists():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, target(out_dir))
+        flush(old.parent)
+
+
+def check_companions(checkpoint: HFCheckpoint) -> None:
+    """Raise ValueError, before anything is trained or written, for a file that is not copied."""
+    for file in [*_companions(checkpoint.path), checkpoint.path / "config.json"]:
+        links.check(checkpoint.path, file)
+
+
+def _companions(path: Path) -> list[Path]:
+    patterns = (*_COMPANIONS, "chat_templates/**/*")
+    return [file for pattern in patterns for file in path.glob(pattern) if file.is_file()]
+
+
 def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
-    """Make the staging directory, removing what a killed export left there; returns its path.
+    """Make the staging directory, mending what a killed export left there; returns its path.
 
     Raises ValueError when `out_dir` exists with something in it and `overwrite` is off, when it is
-    a file, or when it is the base checkpoint itself.
+    a file, or when it is the base checkpoint itself; and as `check_companions`.
     """
+    check_companions(checkpoint)
+    heal(out_dir)
     if out_dir.exists():
         if not out_dir.is_dir():
             raise ValueError(f"{out_dir}: is a file; name a directory")
@@ -56,7 +94,9 @@ def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
                 f"{out_dir}: exists and is not empty; name another directory or pass --overwrite"
             )
     staging = staging_path(out_dir)
-    if staging.exists():
+    if staging.is_symlink():
+        staging.unlink()
+    elif staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
@@ -86,12 +126,10 @@ def finish(
             "weight_map": {n: t.file.name for n, t in sorted(written.items())},
         }
         (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for source in checkpoint.path.glob(pattern):
-            if source.is_file():
-                shutil.copyfile(source, staging / source.name)
-    if (checkpoint.path / "chat_templates").is_dir():
-        shutil.copytree(checkpoint.path / "chat_templates", staging / "chat_templates")
+    for source in _companions(checkpoint.path):
+        copied = staging / source.relative_to(checkpoint.path)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        links.copy(checkpoint.path, source, copied)
     if card is not None:
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)
@@ -127,7 +165,7 @@ def _compare(checkpoint: HFCheckpoint, written: dict[str, StoredTensor]) -> None
 
 def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
     if dtype is None:
-        shutil.copyfile(checkpoint.path / "config.json", staging / "config.json")
+        links.copy(checkpoint.path, checkpoint.path / "config.json", staging / "config.json")
         return
     config = dict(checkpoint.config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix(
@@ -141,7 +179,7 @@ def _replace(staging: Path, out_dir: Path) -> None:
         if _exchange(staging, out_dir):
             shutil.rmtree(staging)  # now the old directory
         else:  # a file system without the exchange: for a moment no directory of that name exists
-            old = out_dir.parent / f".{out_dir.name}.replaced"
+            old = _replaced_path(out_dir)
             os.rename(out_dir, old)
             os.rename(staging, out_dir)
             shutil.rmtree(old)

@@ -43,7 +43,7 @@ def save_hf(
     tensor. The directory appears by one rename, complete and flushed; a killed export leaves a
     hidden `.NAME.incomplete`, which the next one removes. If one rank fails, all raise its error.
     """
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.staging_path(out)
     raise_together(_attempt(lambda: _on_rank0(lambda: directory.start(checkpoint, out, overwrite))))
     raise_together(_attempt(lambda: _check_visible(staging)))

@@ -9,6 +9,8 @@ everything.
 import json
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from megatron_dft.storage.torch_dist import TRACKER as TRACKER
 from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
 FILE_NAME = "megatron_dft.json"
+_AT_ONCE = 4  # files
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 _WRITTEN_BY = re.compile(r"__(\d+)_")
+# torch_dist's index is a pickle; the names of its files stand in it as they are, so that nothing
+# needs to be built of it.
+_INDEX, _SHARD = ".metadata", re.compile(rb"__\d+_\d+\.distcp")
 
 
 def iterations(root: Path) -> list[int]:
@@ -40,14 +46,30 @@ def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dic
     torch_dist names a file after the rank that wrote it, whose page cache still holds it; rank 0
     takes the files without such a name.
     """
-    mine = {}
+    mine = []
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != FILE_NAME:
             match = _WRITTEN_BY.match(path.name)
             writer = int(match[1]) % world_size if match else 0
             if writer == rank:
-                mine[str(path.relative_to(directory))] = _digest(path)
-    return mine
+                mine.append(path)
+    # At once: training waits for them, and neither fsync nor SHA-256 holds the interpreter.
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        found = threads.map(_digest, mine)
+        return {str(p.relative_to(directory)): d for p, d in zip(mine, found, strict=True)}
+
+
+def named_files(directory: Path) -> set[str]:
+    """The data files that the checkpoint's own index names; none where there is no index."""
+    try:
+        return {name.decode() for name in _SHARD.findall((directory / _INDEX).read_bytes())}
+    except FileNotFoundError:
+        return set()
+
+
+def unaccounted(directory: Path, files: Iterable[str]) -> list[str]:
+    """What the checkpoint's own index names and `files` lacks."""
+    return sorted(named_files(directory) - set(files))
 
 
 def write(directory: Path, files: dict[str, dict[str, Any]], run: dict[str, Any]) -> None:

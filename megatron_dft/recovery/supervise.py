@@ -12,7 +12,16 @@ import torch.distributed as dist
 
 from megatron_dft.compat import optimizer_resume
 from megatron_dft.compat.hooks import wrap
-from megatron_dft.recovery import commit, exit_codes, manifest, numbers, resume, status, stop
+from megatron_dft.recovery import (
+    commit,
+    exit_codes,
+    fallback,
+    manifest,
+    numbers,
+    resume,
+    status,
+    stop,
+)
 from megatron_dft.recovery.watchdog import Watchdog
 from megatron_dft.storage.safe_pickle import UnsafeFileError
 
@@ -24,6 +33,7 @@ class _Run:
         self.args, self.identity = args, identity
         self.watchdog = Watchdog(args.hang_timeout) if args.hang_timeout else None
         self.iteration = 0
+        self.chosen: int | None = None  # the step to load
 
     def progress(self, section: str) -> None:
         if self.watchdog is not None:
@@ -43,22 +53,16 @@ class _Run:
             "context_parallel_size": args.context_parallel_size,
         }
 
-    def before_model(self) -> None:
-        """Choose the checkpoint; on every rank, when the process groups exist."""
+    def before_model(self, failed: dict[int, str] | None = None) -> None:
+        """Choose the checkpoint; on every rank, when the process groups exist.
+
+        failed: steps that were chosen and did not load.
+        """
         args = self.args
         if args.load is None:
             return
         root = Path(args.load)
-        if args.ckpt_step is not None:
-            faults, content = resume._faults(manifest.iteration_directory(root, args.ckpt_step))
-            if faults:
-                raise resume.ResumeError(
-                    f"--ckpt-step {args.ckpt_step}: expected a whole checkpoint, got "
-                    f"{'; '.join(faults)}; choose another step"
-                )
-            choice = resume.Choice(args.ckpt_step, [], content and content["run"])
-        else:
-            choice = resume.choose(root, args.strict_resume)
+        choice = self._choose(root, failed)
         for line in choice.damaged:
             _say(f"warning: {root}: {line}; passed over")
         if choice.iteration is None:
@@ -69,10 +73,23 @@ class _Run:
             for line in resume.check_same_run(
                 choice.run["identity"], self.identity, args.allow_change, where
             ):
-                _say(f"warning: resuming with a change: {line}")
+                _say(f"warning: {line}")
+        self.chosen = choice.iteration
         if choice.iteration >= 0 and args.ckpt_step is None:
             resume.mend_tracker(root, choice.iteration)
             _say(f"{root}: going on from step {choice.iteration}")
+
+    def _choose(self, root: Path, failed: dict[int, str] | None) -> resume.Choice:
+        args = self.args
+        if args.ckpt_step is None:
+            return resume.choose(root, args.strict_resume, failed)
+        faults, content = resume._faults(manifest.iteration_directory(root, args.ckpt_step))
+        if faults:
+            raise resume.ResumeError(
+                f"--ckpt-step {args.ckpt_step}: expected a whole checkpoint, got "
+                f"{'; '.join(faults)}; choose another step"
+            )
+        return resume.Choice(args.ckpt_step, [], content and content["run"])
 
 
 def _say(text: str) -> None:
@@ -122,6 +139,7 @@ def _install(run: _Run) -> stop.StopHandler:
 
         return checkpoint_and_decide_exit
 
+    fallback.install(run)
     wrap("megatron.training.training:setup_model_and_optimizer", choosing)
     wrap("megatron.training.training:build_pretraining_data_loader", loading)
     wrap("megatron.training.training:checkpoint_and_decide_exit", deciding)

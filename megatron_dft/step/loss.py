@@ -13,28 +13,38 @@ from torch import Tensor
 
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
-from megatron_dft.losses.report import loss_report
+from megatron_dft.losses.registry import Objective
+from megatron_dft.losses.report import CROSS_ENTROPY, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.step.batch import MicroBatch
 
 PLAIN = registry.get("sft")
+# What training steps report beside the cross entropy; training/output.py reads it.
+FIGURES = StepFigures()
 
 
-def _token_loss(
-    batch: MicroBatch, output_tensor: Tensor, found: dict[str, Tensor]
+def token_loss(
+    batch: MicroBatch,
+    output_tensor: Tensor,
+    found: dict[str, Tensor],
+    objective: Objective,
+    kl_coeff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation."""
+    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation.
+
+    found: what the LogitsProbe saw, without `correct`.
+    """
     if batch.head is not None:  # route 2: the output processor has done it
         return output_tensor, batch.head.cross_entropy, batch.head.weight
     cross_entropy = output_tensor.float()
     # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
-    objective = settings().objective if batch.training else PLAIN
+    chosen = objective if batch.training else PLAIN
     stats = TokenStats(
         log_prob=-cross_entropy, mask=batch.loss_mask, **batch.token_stats(), **found
     )
-    loss, weight = objective(stats)
-    if batch.training and get_args().kl_coeff:
-        loss = loss + get_args().kl_coeff * torch.where(batch.loss_mask.bool(), found["kl"], 0.0)
+    loss, weight = chosen(stats)
+    if batch.training and kl_coeff:
+        loss = loss + kl_coeff * torch.where(batch.loss_mask.bool(), found["kl"], 0.0)
     return loss, cross_entropy, weight
 
 
@@ -55,18 +65,18 @@ def loss_func(
     correct = found.pop("correct", None)
     if batch.head is not None:
         correct = batch.head.correct
-    token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, found)
-    loss = token_loss.sum()
-    _stop_on_bad_loss(loss)
-    report = loss_report(
-        settings().objective.name if batch.training else None,
-        cross_entropy,
-        token_loss,
-        weight,
-        batch.loss_mask,
-        correct,
-        found.get("kl"),
+    per_token, cross_entropy, weight = token_loss(
+        batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
+    loss = per_token.sum()
+    _stop_on_bad_loss(loss)
+    figures = (cross_entropy, per_token, weight, batch.loss_mask, correct, found.get("kl"))
+    if not batch.training:
+        return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
+    names, sums = token_figures(settings().objective.name, *figures)
+    FIGURES.add(names, sums)
+    # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
+    report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 

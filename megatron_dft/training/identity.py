@@ -11,6 +11,7 @@ from typing import Any
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.flags.settings import settings
+from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.dtypes import trained_word
 from megatron_dft.storage.files import read_json_object, sha256_of_file
 from megatron_dft.storage.torch_dist import read_tracker
@@ -29,11 +30,30 @@ def run_identity() -> dict[str, Any]:
     if chosen.reference_scores is not None:
         scores = ReferenceScores(chosen.reference_scores)
         identity["loss"]["reference_scores"] = scores.header["sha256"]
+    weights: dict[Path, str] = {}
+    for checkpoint in (chosen.checkpoint, chosen.reference_checkpoint):
+        if checkpoint is not None and checkpoint.path not in weights:
+            weights[checkpoint.path] = _sample(checkpoint, hashlib.sha256())
+    if chosen.reference_checkpoint is not None:
+        identity["loss"]["reference_weights"] = weights[chosen.reference_checkpoint.path]
     if chosen.checkpoint is not None:
         path = chosen.checkpoint.path
-        identity["model"] = _model(path)
+        # Whether or not the weights are read again: they are where the run began.
+        identity["model"] = _model(path) | {"weights": weights[path]}
         identity["tokenizer"] = _hashes(path)
     return json.loads(json.dumps(identity))
+
+
+def _sample(checkpoint: HFCheckpoint, found: Any) -> str:
+    """What tells weights from others, without reading them all; `found`: a hash, changed."""
+    for path in sorted({info.file for info in checkpoint.tensors.values()}):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(size // _BLOCKS, 1)):
+                file.seek(place)
+                found.update(file.read(_BLOCK_BYTES))
+    return found.hexdigest()[:32]
 
 
 def _model(directory: Path) -> dict[str, Any]:
@@ -58,13 +78,6 @@ def model_identity(args: Any) -> dict[str, Any]:
                 "dtype": dtype}  # fmt: skip
     checkpoint = settings().checkpoint
     assert checkpoint is not None
-    found = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
-    for path in sorted({info.file for info in checkpoint.tensors.values()}):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(size // _BLOCKS, 1)):
-                file.seek(place)
-                found.update(file.read(_BLOCK_BYTES))
+    found = _sample(checkpoint, hashlib.sha256((checkpoint.path / "config.json").read_bytes()))
     revision = "" if checkpoint.revision is None else f"@{checkpoint.revision}"
-    return {"name": checkpoint.name + revision, "weights": found.hexdigest()[:32], "dtype": dtype}
+    return {"name": checkpoint.name + revision, "weights": found, "dtype": dtype}

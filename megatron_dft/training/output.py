@@ -1,17 +1,20 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
 
 from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.hf.secrets import masked_line
+from megatron_dft.losses.report import CROSS_ENTROPY
+from megatron_dft.step.loss import FIGURES
 from megatron_dft.storage.dtypes import WORDS
 from megatron_dft.storage.files import sha256_of_file
 from megatron_dft.training.model import ModelHandle
@@ -53,7 +56,26 @@ class Output:
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
+    def _is_due(self, call: dict[str, Any]) -> bool:
+        """Whether anyone reads the figures of this step: a line, a writer, a held target."""
+        args, step = self.args, call["iteration"]
+        writes = args.tensorboard_dir or getattr(args, "wandb_project", "")
+        return bool(
+            step % args.log_interval == 0
+            or call.get("is_first_iteration")
+            or (writes and step % args.tensorboard_log_interval == 0)
+            or self.handle.lens.targets.controllers
+        )
+
     def _log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        skipped = bool(call["skipped_iter"])
+        FIGURES.close_step(keep=not skipped)
+        found: dict[str, Any] = {}
+        steps = 0
+        if self._is_due(call):
+            found, steps = FIGURES.take(mpu.get_data_parallel_group(with_context_parallel=True))
+            found.pop(CROSS_ENTROPY, None)  # Megatron has it from each step
+            losses.update(found)
         self.handle.lens.targets.before_log(losses)
         if self.progress is None:
             # One-time set-up here: the global batch and the writers exist only inside the loop.
@@ -68,8 +90,12 @@ class Output:
                 get_tensorboard_writer(),
             )
         self.progress.log(losses, call)
+        # Megatron averages what it is told in each step; it has not heard of these steps yet.
+        unheard, total = steps - (not skipped), call["total_loss_dict"]
+        for name in found.keys() & losses.keys() if unheard else ():
+            total[name] = total.get(name, 0.0) + unheard * found[name]
         # As they are: reading them here would wait for the device in every step.
-        self.losses = losses
+        self.losses = {**self.losses, **losses}
 
     def _after_step(self, chunks: list[Any], iteration: int) -> None:
         self.handle.lens.after_step(chunks, iteration)
@@ -107,7 +133,7 @@ class Output:
             parameters={**objective.values, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
-            command=shlex.join(sys.argv),
+            command=masked_line(sys.argv),
         )
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_dft import cli
 from megatron_dft.cluster import memory, model_shape
-from tests.cluster.runs import run
 from tests.hf.tiny import make_tiny
+from tests.recovery.runs import run
 from tests.train.launch import flags
 
 LLAMA_70B = dict(

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
 import re
+import warnings
 
 import pytest
 import torch
 
 from megatron_dft.commands import drift as command
+from megatron_dft.drift import plots, report
 from megatron_dft.drift.page import Picture, Section, Table, render
 from tests.drift.commands import fails, run
 from tests.drift.reference import perturbed, tiny_model, write
@@ -89,3 +92,31 @@ def test_page_escapes_everything():
         [Section(bad, [bad], [Picture(bad, b"", bad)], [Table((bad,), [[bad]], bad)], (bad, bad))],
     )
     assert "<img src=x" not in page and 'alert(1)>"' not in page
+
+
+def test_names_of_models_are_text_in_pictures_pages_and_tables_too(tmp_path):
+    """Formulas, underscores (a legend drops them), newlines, bytes that are no UTF-8."""
+    base = tiny_model()
+    nasty = ["$\\frac{$", "_hidden", "a\nb <script>", os.fsdecode(b"caf\xe9"), "x" * 200 + "$"]
+    paths = [write(tmp_path / "base", base)]
+    paths += [write(tmp_path / n, perturbed(base, i + 1)) for i, n in enumerate(nasty)]
+    out = tmp_path / "out"
+    result = command.compare(paths[0], paths[1:], nasty, workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.write(out, result, None)
+    assert len(list(out.glob("*.png"))) == 6
+    assert "<script>alert" not in (out / "report.html").read_text()
+    with (out / "drift.csv").open() as handle:
+        assert {row["method"] for row in csv.DictReader(handle)} >= set(nasty[:3])
+
+
+@pytest.mark.parametrize("text", ["$x$", "$", r"\$x$", "$$", "_a", "a\nb\x00", "ok"])
+def test_a_name_in_a_picture_is_drawn_letter_by_letter(text):
+    figure, (ax,) = plots.figure()
+    ax.plot([0], [0], label=plots.plain(text))
+    (shown,) = ax.legend().get_texts()
+    plots.png(figure)
+    drawn, is_formula = shown._preprocess_math(shown.get_text())
+    assert not is_formula
+    assert drawn.strip() == "".join(c if c.isprintable() else " " for c in text).strip()

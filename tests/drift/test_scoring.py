@@ -213,3 +213,20 @@ def test_a_foreign_tokenizer_is_an_error(models):
     text = (np.array([1, 300]), np.array([False, True]))
     with pytest.raises(ValueError, match="token id 300, but the model embeds 259"):
         list(scoring.score(model, [text]))
+
+
+@pytest.mark.parametrize("family, expected", [("llama", "sdpa"), ("gemma2", "eager")])
+def test_attention_is_never_what_a_config_asks_for(family, expected, tmp_path, monkeypatch):
+    """A name with a slash is a repository of kernels, fetched from the hub and run."""
+    import transformers.modeling_utils as modeling
+
+    def fetched(*args, **kwargs):
+        raise AssertionError("kernels were asked for")
+
+    monkeypatch.setattr(modeling, "lazy_import_flash_attention", fetched)
+    directory = make_tiny(family, tmp_path / family)
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        config[key] = "evil/kernels"
+    (directory / "config.json").write_text(json.dumps(config))
+    assert scoring.load_model(directory).config._attn_implementation == expected

@@ -11,23 +11,13 @@ from hypothesis import strategies as st
 
 from megatron_dft.drift import histogram
 from megatron_dft.drift.checkpoint import open_checkpoint
-from megatron_dft.drift.compare import Comparison
 from megatron_dft.drift.moments import BLOCK, BlockStatistics, Moments
 from megatron_dft.drift.pair import match
 from megatron_dft.drift.spectrum import spectrum
-from megatron_dft.drift.summary import Summary
 from tests.drift.reference import assert_close, perturbed, statistics, tiny_model, write
+from tests.drift.reports import report
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def report(base, *tuned, workers=2):
-    left, rights = open_checkpoint(base), [open_checkpoint(t) for t in tuned]
-    names = match(left, rights[0]).names
-    summary = Summary([f"m{i}" for i in range(len(tuned))])
-    for tensor in Comparison(left, rights, names, workers).run():
-        summary.add(tensor)
-    return summary.report(names)
 
 
 def measured(base, tuned):

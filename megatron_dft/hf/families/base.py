@@ -46,7 +46,7 @@ class Family:
     """One architecture of transformers.
 
     weights    Megatron parameter -> Hugging Face tensors
-    arguments  what differs from `config.COMMON` for a checkpoint; refuses what Megatron lacks
+    arguments  what `config.megatron_args` adds for a checkpoint; refuses what Megatron lacks
     unmapped   endings of tensor names that an import leaves out on purpose
     activation the one `hidden_act` there is
     own_layers what Megatron's arguments cannot say
