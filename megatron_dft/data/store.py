@@ -220,23 +220,22 @@ def _read_meta(directory: Path) -> dict[str, Any]:
     """meta.json; ValueError where it is not what `finish` wrote."""
     try:
         meta = read_json_object(directory / "meta.json")
-        if not (isinstance(meta.get("bytes"), dict) and isinstance(meta.get("sha256"), dict)):
-            raise ValueError("it lacks sizes or hashes")
-        names = _ARRAYS | ({_WEIGHTS: "<f4"} if _WEIGHTS in meta["bytes"] else {})
-        for name, kind in names.items():
-            size = meta["bytes"].get(name)
-            if type(size) is not int or size < 0 or size % int(kind[-1]):
-                raise ValueError(f"it says no size of {name}")
-            if not isinstance(meta["sha256"].get(name), str):
-                raise ValueError("it lacks hashes")
-        counts, paths = meta.get("counts"), meta.get("paths", [])
-        numbers = isinstance(counts, dict) and all(type(n) is int for n in counts.values())
-        if not (numbers and isinstance(paths, list) and type(meta.get("largest_id")) is int):
-            raise ValueError("it lacks counts, paths or the largest id")
+        sizes, counts, hashes = meta.get("bytes"), meta.get("counts"), meta.get("sha256")
+        if not isinstance(sizes, dict) or not isinstance(hashes, dict):
+            raise ValueError("meta.json lacks sizes or hashes")
+        kinds = _ARRAYS | ({_WEIGHTS: "<f4"} if _WEIGHTS in sizes else {})
+        for name, kind in kinds.items():
+            size = sizes.get(name)
+            if type(size) is not int or size < 0 or size % int(kind[-1]) or name not in hashes:
+                raise ValueError(f"meta.json has no size or hash of {name}")
+        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+            raise ValueError("meta.json counts something that is no number")
+        if not isinstance(meta.get("paths", []), list) or type(meta.get("largest_id")) is not int:
+            raise ValueError("meta.json lacks paths or the largest id")
     except ValueError as error:
         raise ValueError(
-            f"the data cache {str(directory)!r} is damaged: meta.json is not readable ({error}); "
-            "delete the directory and start again"
+            f"the data cache {str(directory)!r} is damaged: {error}; delete the directory and "
+            "start again"
         ) from None
     return meta
 

@@ -27,6 +27,7 @@ from megatron_dft.flags import (
     output,
     quantize,
     recovery,
+    schedule,
     scores,
 )
 from megatron_dft.flags.settings import Settings, set_settings
@@ -61,7 +62,7 @@ def add_arguments(
 
 def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
     """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, objective, scores, lens, output, quantize, recovery):
+    for subject in (model, device, objective, scores, lens, output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))
     if scoring:
@@ -128,6 +129,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             vocab_size,
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
+            full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
         )
     )
 
@@ -139,6 +141,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     objective.check(args, asked)
     model.check(args, checkpoint, runtime.is_active())
     data.check(args)
+    schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)
     output.check(args, checkpoint)

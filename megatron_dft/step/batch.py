@@ -15,10 +15,14 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_dft.compat.context_parallel import token_indices
+from megatron_dft.flags.objective import KIND_END
+from megatron_dft.flags.settings import settings
 from megatron_dft.step.lookahead import next_rows
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
-_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "reference_log_prob")
+_PER_TOKEN = (
+    "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+)  # fmt: skip
 _OF_EXPERTS = ("padding_mask",)
 
 
@@ -65,6 +69,9 @@ class MicroBatch:
     padding_mask        bool [b, s] for a model with experts: True where no conversation's token is
     reference_log_prob  fp32 [b, s]: with stored scores from the start, with a frozen model once it
                         has run; None where nothing is compared
+    token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
+                        wrote; None where the data does not say
+    full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
@@ -77,16 +84,25 @@ class MicroBatch:
     position_ids: Tensor
     padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
+    token_kinds: Tensor | None = None
+    full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
+
+    @property
+    def ends(self) -> Tensor | None:
+        """bool [b, s]: which labels end a turn."""
+        return None if self.token_kinds is None else (self.token_kinds & KIND_END) != 0
 
     def token_stats(self) -> dict[str, Any]:
         """Fields of TokenStats that the batch itself knows: which conversation a token is of."""
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
+        if self.full_weight is not None:
+            stats["full_weight"] = self.full_weight
         if self.packing is not None:
             positions = self.held
             if positions is None:
@@ -123,6 +139,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
         _note_first_rows(raw)
     names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
     per_token = {name: raw[name] for name in names if name in raw}
+    if settings().full_weight:
+        per_token["full_weight"] = (per_token["token_kinds"] & settings().full_weight) != 0
     # All of this is on the host, and so are the indices: reading one of the device would wait for
     # everything that was launched before.
     edges = _edges(raw) if "cu_seqlens" in raw else None

@@ -21,6 +21,8 @@ from megatron_dft.step.batch import MicroBatch
 PLAIN = registry.get("sft")
 # What training steps report beside the cross entropy; training/output.py reads it.
 FIGURES = StepFigures()
+# log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
+_ROUNDING = 0.01
 
 
 def token_loss(
@@ -69,8 +71,9 @@ def loss_func(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
     loss = per_token.sum()
-    _stop_on_bad_loss(loss)
-    figures = (cross_entropy, per_token, weight, batch.loss_mask, correct, found.get("kl"))
+    _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
+    compared = (correct, found.get("kl"), batch.ends)
+    figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
     if not batch.training:
         return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
     names, sums = token_figures(settings().objective.name, *figures)
@@ -80,16 +83,29 @@ def loss_func(
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 
-def _stop_on_bad_loss(loss: Tensor) -> None:
+def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:
+    """The loss, or NaN where a supervised token's cross entropy is none: inf, NaN or negative.
+
+    An objective may hide it: its weight is 0 where p is, and 0 · inf counts as 0. Scalar, detached;
+    stays on the device.
+    """
+    possible = (cross_entropy >= -_ROUNDING) & (cross_entropy < torch.inf)
+    impossible = (mask.bool() & ~possible).any()
+    return torch.where(impossible, torch.nan, loss.detach())
+
+
+def _stop_on_bad_loss(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> None:
     """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
     if not get_args().check_for_nan_in_loss_and_grad:
         return
     machine = get_rerun_state_machine()
-    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+    found = checked(loss, cross_entropy, mask)
+    nan = "NaN in the local loss, or a supervised token whose cross entropy is inf, NaN or negative"
+    for test, word in ((torch.isnan, nan), (torch.isinf, "inf in the local loss")):
         machine.validate_result(
-            result=loss,
+            result=found,
             rejection_func=test,
-            message=f"found {word} in the local loss",
+            message=f"found {word}",
             tolerance=0.0,
             fatal=True,
         )
