@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import free_port
-from tests.step.test_self_test import CASES, ROUTE_2, run
+from tests.step.stand_in import CASES, ROUTE_2, run
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 

@@ -13,7 +13,7 @@ def _spoil(step, change):
 
     from megatron_dft.step import loss as step_loss
 
-    plain = step_loss._token_loss
+    plain = step_loss.token_loss
 
     def token_loss(*args):
         loss, cross_entropy, weight = plain(*args)
@@ -21,7 +21,7 @@ def _spoil(step, change):
             loss, cross_entropy = change(loss, cross_entropy, args[0].loss_mask)
         return loss, cross_entropy, weight
 
-    step_loss._token_loss = token_loss
+    step_loss.token_loss = token_loss
 
 
 def _nan_loss_at_step_1():
