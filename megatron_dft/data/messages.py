@@ -68,6 +68,7 @@ def _message(
     if len(cleaned) > 2:
         if "tool_calls" in cleaned or "function_call" in cleaned:
             tool_calls_of(cleaned, where, found.notes)
+            found.calls = found.calls or "tool_calls" in cleaned
         _clean_other_keys(cleaned, where, found)
     _set_content(cleaned, role, where)
     return cleaned

@@ -62,7 +62,7 @@ def add_arguments(
 
 def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
     """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, objective, scores, lens, output, quantize, recovery):
+    for subject in (model, device, objective, scores, lens, output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))
     if scoring:

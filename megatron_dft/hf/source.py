@@ -54,8 +54,8 @@ def _check_layers(path: Path, config: dict[str, Any], most: int) -> None:
     layers = config.get("num_hidden_layers", 1)
     if type(layers) is not int or not 0 < layers <= most:
         raise ValueError(
-            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most}, of "
-            f"which there are tensors, got {str(layers)[:40]}"
+            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most} "
+            f"(there are no more tensors), got {str(layers)[:40]}"
         )
 
 

@@ -36,7 +36,7 @@ def _model(objective, sequence_parallel):
             output_size_per_partition=VOCABULARY // group.size(),
             sequence_parallel=sequence_parallel,
         ),
-        parameters=lambda: iter([torch.zeros(1)]),
+        parameters=lambda: iter([torch.zeros(1, device="cuda")]),
         compute_language_model_loss=compute_language_model_loss,
         training=True,
     )
@@ -73,17 +73,25 @@ def _break(how):
 
 
 def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False):
+    from megatron_dft.cpu import runtime
+
+    runtime.activate()
+    _break(how)
+    return run(cases, chunked, dtype, packing, cp, sp)
+
+
+def run(cases, chunked, dtype, packing=True, cp=1, sp=False):
     """case → the self-test's error, or the message with which it ends the run."""
     from megatron.core import parallel_state as mpu
 
-    from megatron_dft.cpu import runtime
     from megatron_dft.step import chunked_head
     from megatron_dft.step.self_test import SelfTest
 
-    runtime.activate()
     world = torch.distributed.get_world_size()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=world // cp, context_parallel_size=cp)
-    _break(how)
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=world // cp, context_parallel_size=cp
+        )
     found = {}
     for case in cases:
         name, parameters, kl_coeff = CASES[case]
