@@ -73,6 +73,14 @@ CASES = {
         ["--cross-entropy megatron", "--loss-route head", "drop one"],
     ),
     "no chunk": (dict(loss_chunk_size=0), ["--loss-chunk-size", "at least 1"]),
+    "a warm-up longer than the run": (
+        dict(train_iters=3, lr_warmup_iters=5, lr_decay_style="cosine"),
+        ["--lr-warmup-iters", "shorter than --train-iters 3", "got 5"],
+    ),
+    "full weight where all have it": (
+        dict(loss="sft", dft_full_weight="end"),
+        ["--dft-full-weight end", "--loss sft"],
+    ),
     "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (
         dict(global_batch_size=7),
