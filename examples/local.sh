@@ -20,7 +20,9 @@ config=${1:-}
 shift
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-export RUN_DIR=${RUN_DIR:-$home/runs/$(basename "$config" .sh)}
+# shellcheck source=examples/slurm/guard.sh
+. "$home/examples/slurm/guard.sh"
+export RUN_DIR=${RUN_DIR:-$home/runs/$(plain_name "$(basename "$config" .sh)")}
 # shellcheck source=examples/slurm/environment.sh
 . "$home/examples/slurm/environment.sh"
 TRAIN_ARGS=()
@@ -29,22 +31,24 @@ TRAIN_ARGS=()
 [ ${#TRAIN_ARGS[@]} -gt 0 ] || die "$config: expected the array TRAIN_ARGS, got none"
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-procs=${PROCS_PER_NODE:-$gpus}
+procs=$(whole PROCS_PER_NODE "${PROCS_PER_NODE:-$gpus}") || exit
 [ "$procs" -gt 0 ] || die "no GPU here: add --device cpu and say how many ranks, PROCS_PER_NODE=4"
 
 command=(
-    "${PYTHON:-$home/.venv/bin/python}" -m torch.distributed.run --standalone --nproc-per-node "$procs"
+    "${PYTHON:-$home/.venv/bin/python}" -m megatron_dft.compat.loopback --nproc-per-node "$procs"
     -m megatron_dft.train --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints"
     --save-hf "$RUN_DIR/hf" --overwrite --stop-file "$RUN_DIR/stop" "${TRAIN_ARGS[@]}" "$@"
 )
+hide "${command[@]}"
 if [ "$dry_run" = 1 ]; then
-    printf '%q ' "${command[@]}"
-    echo
+    echo "${shown[*]}"
     exit
 fi
 mkdir -p "$RUN_DIR"
+# torchrun takes this process over: the run ends the ownership by its own end.
+own "$RUN_DIR"
 rm -f "$RUN_DIR/stop"
-printf '%q ' "${command[@]}" >"$RUN_DIR/command"
-cp "$config" "$RUN_DIR/config.sh"
+(umask 077 && rm -f "$RUN_DIR"/{command,config.sh} && echo "${shown[*]}" >"$RUN_DIR/command" &&
+    cp "$config" "$RUN_DIR/config.sh" && chmod 600 "$RUN_DIR/config.sh")
 cd "$home"
 MEGATRON_DFT_STATUS=$RUN_DIR/status exec "${command[@]}"

@@ -37,6 +37,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+[[ $ranks =~ ^[1-9][0-9]{0,3}$ ]] || die "--ranks: expected a whole number above 0, got '$ranks'"
 cd "$root"
 setup_env quickstart
 started=$SECONDS
@@ -98,7 +99,7 @@ else
     train_started=$SECONDS
     threads=$(($(nproc) / ranks))
     OMP_NUM_THREADS=$((threads > 0 ? threads : 1)) \
-        "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+        "$python" -m megatron_dft.compat.loopback --nproc-per-node "$ranks" \
         -m megatron_dft.train "${train[@]}" 2>&1 | tee "$log" |
         { grep --line-buffered -E '^(step [0-9]|megatron_dft:|> Hugging Face)|error: ' || true; } ||
         die "training failed; the end of $log: $(tail -n 30 "$log")"

@@ -18,7 +18,7 @@ case "$words" in
     *model.py*) echo model >> calls; mkdir -p "$(value --out)" ;;
     *arithmetic.py*) mkdir -p "$(value --out)"; touch "$(value --out)"/{train,held_out}.jsonl ;;
     *evaluate.py*) echo "score $(value --model)" >> calls; touch "$(value --out)" ;;
-    *torch.distributed.run*)
+    *compat.loopback*)
         echo "train $(value --nproc-per-node) ${words##*--overwrite}" >> calls
         echo "a line of Megatron's log"
         echo "step 1/80 | lm loss 1.0"

@@ -16,6 +16,7 @@ import pydoc_data.topics
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -166,11 +167,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="directory, .model file or hub name")
     parser.add_argument("--conversations", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--work", default="/tmp/megatron_dft_bench_data")
+    parser.add_argument("--work", help="directory; default: a fresh one")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     args = parser.parse_args()
     from megatron_dft.data.tokenizer import load_tokenizer
 
+    args.work = args.work or tempfile.mkdtemp(prefix="bench_data-")
     work = Path(args.work)
     path = work / f"conversations-{args.conversations}.jsonl"
     tokenizer = load_tokenizer(args.tokenizer)

@@ -1,11 +1,14 @@
 """The ways to a DFT loss that tools/benchmark_loss.py compares, from hidden states or logits.
 
-Each method maps (hidden [T, h] or logits [T, V/tp], weight [V/tp, h], labels [T], mask [T], group,
-chunk size) to the scalar loss Σ p·CE / number of supervised tokens; its backward is timed with it.
+Each method maps (hidden [T, h], weight [V/tp, h] or logits [T, V/tp], labels [T], mask [T], group)
+to the scalar loss Σ p·CE / number of supervised tokens; its backward is timed with it.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
+import benchmark_loss_peers as peers
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,12 +17,8 @@ from megatron_dft.losses import registry
 from megatron_dft.losses.linear_head import linear_head_loss
 from megatron_dft.losses.vocab_parallel import vocab_parallel_dft_loss
 
+Loss = Callable[..., Tensor]
 DFT = registry.get("dft")
-
-
-def _mean_dft(cross_entropy: Tensor, mask: Tensor) -> Tensor:
-    weight = torch.exp(-cross_entropy.detach())
-    return (weight * cross_entropy * mask).sum() / mask.sum().clamp(min=1)
 
 
 def native_unfused(logits, labels, mask, group) -> Tensor:
@@ -27,7 +26,7 @@ def native_unfused(logits, labels, mask, group) -> Tensor:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     losses = vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), 0.0, group)
-    return _mean_dft(losses.squeeze(1), mask)
+    return peers.mean_dft(losses.squeeze(1), mask)
 
 
 def native_fused(logits, labels, mask, group) -> Tensor:
@@ -35,13 +34,13 @@ def native_fused(logits, labels, mask, group) -> Tensor:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     losses = fused_vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), group)
-    return _mean_dft(losses.squeeze(1), mask)
+    return peers.mean_dft(losses.squeeze(1), mask)
 
 
 def full_log_softmax(logits, labels, mask, group) -> Tensor:
     """log_softmax of everything, then a gather: what trainers without tensor parallelism do."""
     log_probs = logits.float().log_softmax(-1)
-    return _mean_dft(-log_probs.gather(1, labels.unsqueeze(1)).squeeze(1), mask)
+    return peers.mean_dft(-log_probs.gather(1, labels.unsqueeze(1)).squeeze(1), mask)
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -92,7 +91,7 @@ class _ChunkedLogProb(torch.autograd.Function):
 
 def chunked_log_prob(logits, labels, mask, group, chunk_size) -> Tensor:
     """Chunked log-probabilities, the weight on top."""
-    return _mean_dft(-_ChunkedLogProb.apply(logits, labels, group, chunk_size), mask)
+    return peers.mean_dft(-_ChunkedLogProb.apply(logits, labels, group, chunk_size), mask)
 
 
 def vocab_parallel(logits, labels, mask, group, overwrite: bool = False) -> Tensor:
@@ -100,37 +99,6 @@ def vocab_parallel(logits, labels, mask, group, overwrite: bool = False) -> Tens
     target = torch.where(mask.bool(), labels, -100)
     loss, _ = vocab_parallel_dft_loss(logits, target, group, overwrite_logits=overwrite)
     return loss.sum() / mask.sum().clamp(min=1)
-
-
-def transformer_engine(logits, labels, mask, group) -> Tensor:
-    """TE's Triton cross entropy, the weight on top."""
-    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-
-    losses = parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), 0.0, False, group)
-    return _mean_dft(losses.squeeze(1), mask)
-
-
-def liger(logits, labels, mask, group) -> Tensor:
-    """Liger's Triton cross entropy, one rank only, the weight on top."""
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return _mean_dft(liger_cross_entropy(logits, labels, reduction="none"), mask)
-
-
-def from_logits(name: str, chunk_size: int) -> Callable[..., Tensor]:
-    """(logits, labels, mask, group) → loss of the method of that name."""
-    if name == "chunked-log-prob":
-        return lambda *a: chunked_log_prob(*a, chunk_size)
-    if name == "vocab-parallel-overwrite":
-        return lambda *a: vocab_parallel(*a, overwrite=True)
-    return {
-        "native-unfused": native_unfused,
-        "native-fused": native_fused,
-        "full-log-softmax": full_log_softmax,
-        "vocab-parallel": vocab_parallel,
-        "transformer-engine": transformer_engine,
-        "liger": liger,
-    }[name]
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -151,39 +119,91 @@ class _ColumnParallel(torch.autograd.Function):
         return d_hidden, grads[0].t() @ hidden, None
 
 
-def from_hidden(name: str, chunk_size: int) -> Callable[..., Tensor]:
-    """(hidden, weight, labels, mask, group) → loss of the method of that name."""
-    if name.startswith("linear-head"):
-        design = name.removeprefix("linear-head-")
+def _head(design: str, chunk_size: int | None, memory: int | None, fuse: bool = False) -> Loss:
+    """This package, from hidden states."""
 
-        def head(hidden, weight, labels, mask, group):
-            out = linear_head_loss(
-                hidden,
-                weight,
-                labels,
-                objective=DFT,
-                mask=mask,
-                group=group,
-                chunk_size=chunk_size,
-                design=design,
-            )
-            return out.loss.sum() / mask.sum().clamp(min=1)
+    def loss(hidden, weight, labels, mask, group):
+        out = linear_head_loss(
+            hidden,
+            weight,
+            labels,
+            objective=DFT,
+            mask=mask,
+            group=group,
+            chunk_size=chunk_size,
+            loss_memory=memory,
+            fuse_main_grad=fuse,
+            design=design,
+        )
+        return out.loss.sum() / mask.sum().clamp(min=1)
 
-        return head
-    loss = from_logits(name, chunk_size)
+    return loss
+
+
+def _through(loss: Loss) -> Loss:
+    """A loss of logits behind an output layer."""
     return lambda hidden, weight, *rest: loss(
         _ColumnParallel.apply(hidden, weight, rest[-1]), *rest
     )
 
 
-LOGITS_METHODS = (
-    "native-unfused",
-    "native-fused",
-    "full-log-softmax",
-    "chunked-log-prob",
-    "vocab-parallel",
-    "vocab-parallel-overwrite",
-)
-HEAD_METHODS = ("linear-head-forward", "linear-head-recompute")
-GPU_METHODS = {"transformer-engine": "transformer_engine", "liger": "liger_kernel"}
-ONE_RANK = {"full-log-softmax", "linear-head-forward", "liger"}
+BASELINE = "native-unfused"
+MIB = 1 << 20
+LOGITS: dict[str, Loss] = {
+    BASELINE: native_unfused,
+    "native-fused": native_fused,
+    "full-log-softmax": full_log_softmax,
+    "chunked-log-prob": chunked_log_prob,
+    "vocab-parallel": vocab_parallel,
+    "vocab-parallel-overwrite": functools.partial(vocab_parallel, overwrite=True),
+}
+# By name, with the module that has to be there.
+LOGITS_PEERS = {
+    "transformer-engine": (peers.transformer_engine, "transformer_engine"),
+    "liger": (peers.liger, "liger_kernel"),
+}
+HEAD_PEERS = {
+    "three-products": (peers.three_products, "torch"),
+    "liger-flce": (peers.liger_flce, "liger_kernel"),
+    "liger-scaled": (peers.liger_scaled, "liger_kernel"),
+    "cut-cross-entropy": (peers.cut_cross_entropy, "cut_cross_entropy"),
+    "torch-linear": (peers.torch_linear, "torch"),
+}
+PEERS = {**LOGITS_PEERS, **HEAD_PEERS}
+# What a package that is there may say of a machine that it does not serve.
+OPTIONAL_FAILURES = (ImportError, AttributeError, NotImplementedError, RuntimeError, TypeError)
+CPU_HEADS = ("linear-head-forward", "linear-head-recompute")
+GPU_HEADS = ("linear-head-keep", "linear-head-keep-1024", "linear-head-main-grad")
+ONE_RANK = {"full-log-softmax", "linear-head-forward", "liger", *HEAD_PEERS}
+
+
+def available(source: str, cuda: bool) -> list[str]:
+    """Names of the methods that run here, the floor and the baseline first."""
+    names = [name for name in LOGITS if not (cuda and name in ("full-log-softmax",))]
+    if cuda:
+        names.remove("chunked-log-prob")
+        table = {**LOGITS_PEERS, **(HEAD_PEERS if source == "hidden" else {})}
+        names += [n for n, (_, module) in table.items() if importlib.util.find_spec(module)]
+    if source == "hidden":
+        names += GPU_HEADS if cuda else CPU_HEADS
+    return names
+
+
+def method(name: str, source: str, chunk_size: int, leaves: list[Tensor]) -> Loss:
+    """The loss of that name: of (hidden, weight, …) or (logits, …) and (labels, mask, group)."""
+    if name == "chunked-log-prob":
+        loss: Loss = functools.partial(chunked_log_prob, chunk_size=chunk_size)
+        return _through(loss) if source == "hidden" else loss
+    if name in LOGITS or name in LOGITS_PEERS:
+        loss = LOGITS[name] if name in LOGITS else LOGITS_PEERS[name][0]
+        return _through(loss) if source == "hidden" else loss
+    if name in HEAD_PEERS:
+        return HEAD_PEERS[name][0]
+    if name == "linear-head-main-grad":
+        leaves[1].main_grad = torch.zeros_like(leaves[1], dtype=torch.float32)
+        return _head("keep", None, 2304 * MIB, fuse=True)
+    if name == "linear-head-keep":  # room for all rows of the largest shape
+        return _head("keep", None, 2304 * MIB)
+    if name == "linear-head-keep-1024":
+        return _head("keep", None, 1024 * MIB)
+    return _head(name.removeprefix("linear-head-"), chunk_size, None)

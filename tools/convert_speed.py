@@ -1,6 +1,6 @@
 """Speed and memory of the offline converters beside `cp`, on random Qwen2.5-shaped bf16 models.
 
-`python tools/convert_speed.py --sizes 0.5B 1.5B 3B --directory /tmp/speed` prints one row a size:
+`python tools/convert_speed.py --sizes 0.5B 1.5B 3B --directory DIR` prints one row a size:
 bytes/s of cp, import and export (each the median of `--repeats` interleaved runs, caches warm, data
 flushed to the disk), and each converter's peak memory beyond its imports.
 """
@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def make_model(directory: Path, size: str) -> int:
     """Write the random model tensor by tensor; returns the bytes of its weights."""
     import torch
 
-    from megatron_dft.storage.safetensors import Writer
+    from megatron_dft.storage.safetensors_writer import Writer
 
     hidden, ffn, layers, heads, groups, tied = SHAPES[size]
     width = hidden // heads
@@ -135,17 +136,18 @@ def run_child(what: str, source: Path, base: Path, out: Path) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--directory", type=Path, default=Path("/tmp/convert_speed"))
+    parser.add_argument("--directory", type=Path, help="default: a fresh one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         convert(*args.child)
         return
+    directory = args.directory or Path(tempfile.mkdtemp(prefix="convert_speed-"))
     print("| model | GB | cp MB/s | import MB/s | export MB/s | import/cp | export/cp |", end="")
     print(" import peak MiB | export peak MiB |\n|" + "---|" * 9)
     for size in args.sizes:
-        root = args.directory / size
+        root = directory / size
         shutil.rmtree(root, ignore_errors=True)
         base, torch_dist = root / "hf", root / "torch_dist"
         nbytes = make_model(base, size)

@@ -18,7 +18,7 @@ RECIPE=(
     --lr "$LR" --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.01 --clip-grad 1.0 --bf16
     # Master weights and Adam's moments are shared out over the replicas; both transfers overlap.
-    --use-distributed-optimizer --overlap-grad-reduce
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     # The optimizer's state can be read back at another TP, PP or DP: on fewer nodes, say.
     --dist-ckpt-optim-fully-reshardable
     --save-interval 50 --keep-last 2

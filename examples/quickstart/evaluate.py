@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from arithmetic import extract_answer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from megatron_dft.drift.scoring import load_model
 
 # What the workers inherit by fork: model, tokenizer, batch size, longest reply.
 _inherited: tuple = ()
@@ -109,7 +111,7 @@ def evaluate(model_dir: str, data: Path, batch_size: int, most: int, workers: in
     # Processes of one thread share out the problems: a decoding step is too small for two threads.
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = load_model(model_dir)
     _inherited = (model, tokenizer, batch_size, most)
     rows = read_messages(data)
     # Unlike multiprocessing's own pool, this one fails where a worker is killed for memory.

@@ -48,7 +48,7 @@ def convert(gguf: Path, out: Path) -> None:
     if not tokenizer.chat_template:
         raise ValueError(f"{gguf}: expected a chat template in the GGUF file, found none")
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
     )
     # The weights are plain fp32 now; without this, saving refuses and loading would ask for GGUF.
     model.is_quantized = False

@@ -13,8 +13,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 # A thread pool in each of 8 ranks would fight over the same cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-# Compiled kernels on the node's own disk: on a shared home all ranks would race for the same files.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-${USER:-$UID}-${SLURM_JOB_ID:-local}}
 # Output reaches the log when it is printed, also that of a rank that is killed a moment later.
 export PYTHONUNBUFFERED=1
 # Tokenizers would warn in every forked worker.

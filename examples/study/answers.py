@@ -7,14 +7,12 @@ import corpus
 import torch
 from torch.nn.functional import log_softmax
 
+from megatron_dft.drift.scoring import load_model
+
 
 def load(directory: Path) -> Any:
     """The checkpoint in transformers, float32, on the CPU."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+    return load_model(directory)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from megatron_dft.cpu import runtime
+from megatron_dft.drift.scoring import load_model
 from megatron_dft.hf.config import own_layers
 from megatron_dft.hf.source import open_checkpoint
 
@@ -59,7 +60,10 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
     with skeleton.single_process():
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         model = skeleton.build(open_checkpoint(hf_directory), device="cpu").float().eval()
-        content = dist_checkpointing.load_content_metadata(source) or skeleton.CONTENT
+        content = (
+            dist_checkpointing.load_common_state_dict(source).get("content_metadata")
+            or skeleton.CONTENT
+        )
         state = {"model": model.sharded_state_dict(metadata=skeleton.with_groups(content))}
         model.load_state_dict(dist_checkpointing.load(state, source)["model"])
         positions = torch.arange(ids.shape[1])[None]
@@ -69,9 +73,7 @@ def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> t
 
 
 def _transformers_logits(hf_directory: str, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
+    model = load_model(hf_directory)
     with torch.no_grad():
         return model(ids).logits
 

@@ -17,7 +17,8 @@ from megatron_dft.rollout import score_table
 from megatron_dft.rollout.prompts import Prompt, Skips, read_prompts
 from megatron_dft.rollout.rewards import Rewarded, reward_samples, unusual
 from megatron_dft.rollout.sampler import draw_samples
-from megatron_dft.rollout.store import json_lines, write_whole
+from megatron_dft.rollout.store import json_lines
+from megatron_dft.storage.files import write_whole
 
 SUMMARY = "pass@1, Avg@k and maj@k with intervals, several checkpoints and sets side by side"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_dft.commands.conversion import add_source_arguments, bar, compare_logits, quiet
 from megatron_dft.hf import bridge
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.lock import held
 
 STOCK_ROPE_FACTOR = 8.0  # what GPTModel gets whatever the flag says
 
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()
+    with held("OUT", args.out, beside=True):
+        return _import(args)
+
+
+def _import(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.hf_model, args.hf_revision, args.trust_remote_code)
     if bridge.uses_bridge(checkpoint, args.hf_bridge):
         if args.verify:

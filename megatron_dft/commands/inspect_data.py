@@ -13,12 +13,15 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dft.data.dataset import ChatDataset, build_dataset
-from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, prepare
-from megatron_dft.data.show import Shown, as_html, print_shown, runs
+from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, notes, tokenised
+from megatron_dft.data.show import Shown, as_html, print_shown, runs, visible
 from megatron_dft.data.sources import parse_sources
+from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.statistics import gather, summary, write_histogram
 from megatron_dft.data.store import TokenStore
+from megatron_dft.data.template_report import template_report
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
+from megatron_dft.data.vocabulary import vocab_size_of
 from megatron_dft.flags import data as flags
 
 SUMMARY = "statistics of chat data, and conversations with the trained tokens coloured"
@@ -55,9 +58,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("inspect-data needs --train-data (or --valid-data): what shall it read?")
     tokenizer = load_tokenizer(args.tokenizer, args.chat_template)
     options = flags.dataset_options(args)
-    stores = _stores(args, items, flag, tokenizer, options)
+    spec = _spec(tokenizer, options)
+    stores = _stores(items, flag, spec, options)
     data, refusals = _build(args, items, flag, tokenizer, options, stores)
     console = Console(highlight=False)
+    for label, value in _template_lines(spec):
+        console.print(Text.assemble((f"{label:20}", "bold"), visible(value)), soft_wrap=True)
     if data is not None:
         special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         stats = gather(stores, data, args.seq_length, special)
@@ -71,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
             Path(args.json).write_text(text + "\n", encoding="utf-8")
     for store in stores:
         for line in bad_rows(store)[:_BAD_SHOWN]:
-            console.print(Text.assemble(("bad row  ", "bold red"), line), soft_wrap=True)
+            console.print(Text.assemble(("bad row  ", "bold red"), visible(line)), soft_wrap=True)
+        for note, count in notes(store).items():
+            line = f"{visible(note)} ({count:,} rows)"
+            console.print(Text.assemble(("note     ", "bold yellow"), line), soft_wrap=True)
     if data is not None and (args.show or args.html):
         _show(args, data, tokenizer, console)
     for refusal in refusals:
@@ -79,27 +88,40 @@ def run(args: argparse.Namespace) -> int:
     return REFUSED if refusals else 0
 
 
-def _stores(
-    args: argparse.Namespace, items: list[str], flag: str, tokenizer: Any, options: dict[str, Any]
-) -> list[TokenStore]:
-    """The tokenised data with any number of bad rows: they are what one wants to see."""
-    spec = encoder_spec(
+def _spec(tokenizer: Any, options: dict[str, Any]) -> EncoderSpec:
+    return encoder_spec(
         tokenizer,
         template_args=options["template_args"],
         template_date=options["template_date"],
         rewrites=options["rewrites"],
+        drops=options["drops"],
     )
+
+
+def _template_lines(spec: EncoderSpec) -> list[tuple[str, str]]:
+    """(label, fields) of what the chat template prints, drops and refuses."""
+    report = template_report(spec)
+    return [
+        (f"template {label}", ", ".join(fields))
+        for label, outcome in (("prints", "printed"), ("drops", "dropped"), ("refuses", "refused"))
+        if (fields := [f for f, o in report.items() if o == outcome])
+    ]
+
+
+def _stores(
+    items: list[str], flag: str, spec: EncoderSpec, options: dict[str, Any]
+) -> list[TokenStore]:
+    """The tokenised data with any number of bad rows: they are what one wants to see."""
     tolerant = PrepareOptions(
         data_format=options["data_format"],
         errors="skip",
-        max_bad_rows=float("inf"),
         cache_dir=options["cache_dir"],
         workers=options["workers"],
         progress=True,
     )
     # The bad rows are printed among the figures.
     logging.getLogger("megatron_dft.data.prepare").setLevel(logging.ERROR)
-    return prepare(parse_sources(items, flag), spec, tolerant)
+    return [tokenised(source, spec, tolerant) for source in parse_sources(items, flag)]
 
 
 def _build(
@@ -118,6 +140,9 @@ def _build(
             check_bad_rows(store, source.name, strict)
         except ValueError as error:
             refusals.append(str(error))
+    if not any(map(len, stores)):
+        return None, refusals
+    vocab_size = vocab_size_of(args.tokenizer)
     settings = options | {"errors": "skip", "max_bad_rows": float("inf"), "packing": True}
     context = args.context_parallel_size
     settings |= dict(
@@ -127,16 +152,15 @@ def _build(
         shuffle=flag == "--train-data",
         flag=flag,
     )
-    try:
-        return build_dataset(items, tokenizer, **settings), refusals
-    except ValueError as error:
-        refusals.append(str(error))
-    if settings["overlong"] != "refuse":
-        return None, refusals
-    try:
-        return build_dataset(items, tokenizer, **settings | {"overlong": "drop"}), refusals
-    except ValueError:
-        return None, refusals
+    # As training would; without the model's vocabulary; without what is too long.
+    tries = [settings | {"vocab_size": vocab_size}, settings, settings | {"overlong": "drop"}]
+    for attempt in tries:
+        try:
+            return build_dataset(items, tokenizer, **attempt), refusals
+        except ValueError as error:
+            if str(error) not in refusals:
+                refusals.append(str(error))
+    return None, refusals
 
 
 def _show(args: argparse.Namespace, data: ChatDataset, tokenizer: Any, console: Console) -> None:

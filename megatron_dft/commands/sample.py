@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_dft.commands import rollout_flags as flags
 from megatron_dft.rollout.prompts import Skips, read_prompts
 from megatron_dft.rollout.sampler import Outcome, draw_samples
-from megatron_dft.rollout.store import write_whole
+from megatron_dft.storage.files import write_whole
 
 SUMMARY = "n samples of a model to each prompt; a killed run goes on where it stopped"
 INCOMPLETE = 1

@@ -7,7 +7,8 @@ from megatron_dft.commands import rollout_flags as flags
 from megatron_dft.rollout.keep import DEDUPE, KEEP, WEIGHTS, KeepRules, select, training_rows
 from megatron_dft.rollout.prompts import Skips
 from megatron_dft.rollout.rewards import reward_samples, unusual
-from megatron_dft.rollout.store import json_lines, read_settings, write_whole
+from megatron_dft.rollout.store import json_lines, read_settings
+from megatron_dft.storage.files import write_whole
 
 SUMMARY = "reward samples, keep what verifies, write the trainer's JSONL"
 

@@ -8,12 +8,14 @@ first one's place, and `undo` puts the original back.
 import contextlib
 import functools
 import importlib
+import importlib.machinery
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from megatron_dft.compat import WRAPPED
+from megatron_dft.compat import PROVIDED, WRAPPED
 
 Make = Callable[[Any], Any]
 
@@ -100,12 +102,43 @@ def wrapped(place: str, make: Make) -> Iterator[None]:
         unwrap(place, make)
 
 
+_provided: dict[str, list[str]] = {}
+
+
+def provide(name: str, functions: Sequence[Callable[..., Any]], users: Sequence[str]) -> None:
+    """Let `import name` give a module of these functions, where there is none; again: no change.
+
+    users: modules that import it at their top; those imported before now get it as well.
+    """
+    assert name in PROVIDED, f"{name} is not in compat.PROVIDED"
+    module = types.ModuleType(name, PROVIDED[name])
+    # importlib.util.find_spec raises for a module without a spec.
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update({function.__name__: function for function in functions})
+    sys.modules[name] = module
+    _provided[name] = list(users)
+    for user in users:
+        if user in sys.modules:
+            setattr(sys.modules[user], name, module)
+
+
+def is_provided(name: str) -> bool:
+    """Whether `provide` stands in for that module now."""
+    return name in _provided
+
+
 def undo() -> None:
-    """Put back every original."""
+    """Put back every original, and take away what was provided."""
     for found in reversed(_places.values()):
         found.layers.clear()
         found.apply()
     _places.clear()
+    for name, users in _provided.items():
+        del sys.modules[name]
+        for user in users:
+            if hasattr(sys.modules.get(user), name):
+                delattr(sys.modules[user], name)
+    _provided.clear()
 
 
 def replaced() -> frozenset[str]:

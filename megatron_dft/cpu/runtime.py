@@ -24,6 +24,7 @@ it, activation fails and says which.
 | optimizer checks | `Optimizer._cuda_graph_capture_health_check` and its twin | no-ops | ask CUDA at each step |
 | compile | `torch.compiler.set_stance` | force_eager | fusions are compiled for CUDA speed |
 | RNG tracker imports | `megatron.core.tensor_parallel.random._lazy_call` … | run at once | names bound at import |
+| GPU packages | `import transformer_engine`, `apex`, `amp_C` … | absent | Megatron takes their CUDA kernels where it finds them (clip_grads, optimizers) |
 | norm, attention | `LocalSpecProvider`, `LNImpl`, `LayerNormImpl` | `megatron_dft.cpu.layers` | SP, thd and CP |
 
 Source of the requirements: megatron-core 0.19.2 (training/, core/) read and run on CPU.
@@ -31,6 +32,8 @@ Source of the requirements: megatron-core 0.19.2 (training/, core/) read and run
 
 import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +41,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+
+
+# Packages of CUDA kernels that Megatron prefers to its own code wherever they can be imported.
+GPU_PACKAGES = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
+    "flash_attn",
+)
 
 
 def _to_cpu(device: Any) -> Any:
@@ -233,6 +247,29 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     return rows + layers.replacements()
 
 
+@contextlib.contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    """Make `import` of these packages fail as where they are not installed.
+
+    Raises RuntimeError where Megatron has bound their functions already.
+    """
+    if "megatron.core.optimizer.clip_grads" in sys.modules:
+        bound = [n for n in ("transformer_engine", "amp_C") if sys.modules.get(n) is not None]
+        if bound:
+            raise RuntimeError(
+                f"the CPU runtime cannot start: Megatron was imported before it and has taken the "
+                f"CUDA kernels of {bound[0]}"
+            )
+    kept = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
 class _State:
     saved: list[tuple[Any, str, Any]] = []
     modes: contextlib.ExitStack | None = None
@@ -253,18 +290,23 @@ def activate() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("the CPU runtime cannot start: CUDA is initialised in this process")
-    rows = _replacements()
-    missing = [f"{owner.__name__}.{name}" for owner, name, _ in rows if not hasattr(owner, name)]
-    if missing:
-        raise RuntimeError(
-            f"the CPU runtime does not know this torch or megatron-core release; missing: {missing}"
-        )
-    _State.saved = [(owner, name, getattr(owner, name)) for owner, name, _ in rows]
-    for owner, name, value in rows:
-        setattr(owner, name, value)
-    _State.modes = contextlib.ExitStack()
-    _State.modes.enter_context(torch.compiler.set_stance("force_eager"))
-    _State.modes.enter_context(CpuMode())
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(_hidden(GPU_PACKAGES))  # before the table imports Megatron
+        rows = _replacements()
+        missing = [
+            f"{owner.__name__}.{name}" for owner, name, _ in rows if not hasattr(owner, name)
+        ]
+        if missing:
+            raise RuntimeError(
+                "the CPU runtime does not know this torch or megatron-core release; missing: "
+                f"{missing}"
+            )
+        _State.saved = [(owner, name, getattr(owner, name)) for owner, name, _ in rows]
+        for owner, name, value in rows:
+            setattr(owner, name, value)
+        modes.enter_context(torch.compiler.set_stance("force_eager"))
+        modes.enter_context(CpuMode())
+        _State.modes = modes.pop_all()
 
 
 def deactivate() -> None:
@@ -275,13 +317,3 @@ def deactivate() -> None:
     for owner, name, value in reversed(_State.saved):
         setattr(owner, name, value)
     _State.saved, _State.modes = [], None
-
-
-@contextlib.contextmanager
-def cpu_runtime():
-    """`activate()` for the length of a with block."""
-    activate()
-    try:
-        yield
-    finally:
-        deactivate()

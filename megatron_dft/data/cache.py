@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.readers import open_dataset
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.tables import open_dataset
+from megatron_dft.storage.files import read_json_object, sha256_of_file, write_whole
 
 # Raise it whenever the same rows would give other tokens or masks.
-VERSION = 1
+VERSION = 2
 # A file changed this recently may change again within its timestamp's resolution.
 _SETTLED_SECONDS = 2.0
 
@@ -45,6 +46,7 @@ def store_parts(
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
+        "chat_drops": spec.drops,
     }
 
 
@@ -54,32 +56,31 @@ def digest(value: Any) -> str:
 
 
 def content_hash(path: Path, cache: Path | None) -> str:
-    """SHA-256 of a file; remembered by name, size, inode and time of change in the cache."""
+    """SHA-256 of a file; remembered by name, size, inode and times of change in the cache.
+
+    The time of modification can be set back (cp -p, touch -r), that of the inode's change cannot.
+    """
     status = os.stat(path)
-    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
-    settled = time.time() - status.st_mtime > _SETTLED_SECONDS
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, *times]
+    settled = time.time() - max(times) / 1e9 > _SETTLED_SECONDS
     note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
     if note is not None and settled and note.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError, OSError):
-            known = json.loads(note.read_text())
-            if known["identity"] == identity:
-                return known["sha256"]
-    with open(path, "rb") as file:
-        value = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(ValueError):  # a damaged note is made anew
+            known = read_json_object(note)
+            value = known.get("sha256")
+            if known.get("identity") == identity and isinstance(value, str) and len(value) == 64:
+                return value
+    value = sha256_of_file(path)
     if note is not None and settled:
-        write_atomically(note, json.dumps({"identity": identity, "sha256": value}))
+        with contextlib.suppress(OSError):  # it is hashed again at the next start
+            write_whole(note, json.dumps({"identity": identity, "sha256": value}))
     return value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old or its new content, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _no_link(path: str, flags: int) -> int:
+    """What a link in a lock's place leads to would be emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextlib.contextmanager
@@ -89,14 +90,9 @@ def locked(target: Path) -> Iterator[None]:
     Raises ValueError where the cache directory cannot be written or has no file locks.
     """
     path = target.with_name(target.name + ".lock")
-    try:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise ValueError(
-            f"--data-cache: {str(path.parent)!r} cannot be written: {error.strerror}; choose "
-            "another directory"
-        ) from None
+        file = open(path, "w", opener=_no_link)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -107,6 +103,18 @@ def locked(target: Path) -> Iterator[None]:
             ) from None
         _sweep(target)
         yield
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raises ValueError where a cache turns out to be read-only, full, or no directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache: {str(directory)!r} cannot be written: {error.strerror}; choose "
+            "another directory"
+        ) from None
 
 
 def partial_path(target: Path) -> Path:

@@ -13,23 +13,35 @@ Two ways to find the characters that train:
 from __future__ import annotations
 
 import datetime
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_dft.data.schema import Conversation, RowError
-from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.conversation import Conversation, RowError
+from megatron_dft.data.dialect import Dialect
+from megatron_dft.data.sentinels import Drops
+from megatron_dft.data.spec import END, WRITTEN, EncoderSpec
 from megatron_dft.data.template import ChatTemplate, Span, TemplateError
+from megatron_dft.data.turn_end import TurnEnds
+from megatron_dft.data.written import written
+
+# [start, end) and the flags of its tokens: spec.WRITTEN, or spec.END and WRITTEN.
+Kind = tuple[int, int, int]
+_WRITTEN, _END = int(WRITTEN), int(END | WRITTEN)
 
 
 @dataclass
 class Rendered:
-    """One training text: the characters [start, end) of each span are supervised."""
+    """One training text: the characters [start, end) of each span are supervised.
+
+    weights: the factor on each span's loss, None where all are 1; kinds: parts of the spans with
+    the flag of their tokens, spec.END or spec.WRITTEN or both.
+    """
 
     text: str
     spans: list[Span]
+    weights: list[float] | None = None
+    kinds: list[Kind] = field(default_factory=list)
 
 
 class TurnRenderer:
@@ -39,48 +51,85 @@ class TurnRenderer:
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
-        self._special = _longest_first(special_tokens(spec))
-        self.rewrites = spec.rewrites
+        self.rewrites, self.drops = spec.rewrites, spec.drops
         self.eos_token = spec.variables.get("eos_token")
         self.bos_token = spec.variables.get("bos_token") if spec.variables.get("add_bos") else None
         date = datetime.date.fromisoformat(spec.date) if spec.date else None
         self.template = ChatTemplate(spec.templates, spec.variables, date)
-        self._end_of_turn = self._find_end_of_turn()
+        self._ends = TurnEnds(self.template, spec)
+        self._dialect = Dialect(self.template)
+        self._lost = Drops()
         if not self.template.has_marks:
             self._check_generation_prompt()
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts to train on: one, or one for each turn where the template rewrites turns.
 
-        Raises RowError where the template refuses the conversation.
+        Raises RowError where the template refuses the conversation, and where it prints a part of
+        it nowhere (with drops "warn" that is a note of the conversation).
         """
+        if conversation.text is not None:
+            return [self._render_verbatim(conversation)]
         try:
-            if conversation.text is not None:
-                return [self._render_verbatim(conversation.text)]
+            if conversation.calls:
+                conversation = self._dialect.adapt(conversation)
             if self.template.has_marks:
-                return [self._render_by_marks(conversation)]
-            return self._render_by_prefixes(conversation)
+                rendered = [self._render_by_marks(conversation)]
+            else:
+                rendered = self._render_by_prefixes(conversation)
         except TemplateError as error:
             raise RowError(str(error)) from None
+        self._check_drops(conversation, len(rendered) > 1)
+        for one in rendered:
+            _check_encodable(one.text)
+        return rendered
 
-    def _render_verbatim(self, text: tuple[str, str]) -> Rendered:
-        prompt, completion = (self.bos_token or "") + text[0], text[1] + (self.eos_token or "")
-        return Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+    def _render_verbatim(self, conversation: Conversation) -> Rendered:
+        assert conversation.text is not None
+        prompt, completion = conversation.text
+        prompt, eos = (self.bos_token or "") + prompt, self.eos_token or ""
+        text = prompt + completion + eos
+        end = (len(text) - len(eos), len(text))
+        kinds = [(*end, _END)] if eos else []
+        return Rendered(text, [(len(prompt), len(text))], _weights(conversation, [0]), kinds)
 
     def _render_by_marks(self, conversation: Conversation) -> Rendered:
-        text, spans = self.template.render_marked(conversation.messages, conversation.tools)
-        turns = conversation.assistant_turns()
-        if len(conversation.trained) < len(turns):
-            if len(spans) != len(turns):
-                raise RowError(
-                    f"the template marks {len(spans)} generations for {len(turns)} assistant "
-                    "turns, so a turn with train: false cannot be told from the others"
-                )
-            trained = set(conversation.trained)
-            spans = [s for s, turn in zip(spans, turns, strict=True) if turn in trained]
+        last = conversation.trained[-1]
+        messages = conversation.messages[: last + 1]
+        text, spans = self.template.render_marked(messages, conversation.tools)
+        turns = [i for i in conversation.assistant_turns() if i <= last]
+        if len(spans) == len(turns):
+            spans = [s for s, t in zip(spans, turns, strict=True) if t in conversation.trained]
+            turns = conversation.trained
+            weights = _weights(conversation, turns)
+            kinds = [
+                kind
+                for span, turn in zip(spans, turns, strict=True)
+                for kind in self._kinds(text, span, self._ends.inside(text, *span), messages[turn])
+            ]
+        else:
+            weights, kinds = self._unpaired(conversation, text, spans, turns)
         if not spans:
             raise RowError("the template marks no generation in it")
-        return Rendered(text, spans)
+        return Rendered(text, spans, weights, kinds)
+
+    def _unpaired(
+        self, conversation: Conversation, text: str, spans: list[Span], turns: list[int]
+    ) -> tuple[list[float] | None, list[Kind]]:
+        """Weights and kinds of marks of which nobody knows which turn they belong to."""
+        given = {conversation.weights.get(t, 1.0) for t in conversation.trained}
+        if len(conversation.trained) < len(turns) or len(given) > 1:
+            raise RowError(
+                f"the template marks {len(spans)} generations for {len(turns)} assistant "
+                "turns, so a turn with train: false or a weight of its own cannot be told from "
+                "the others"
+            )
+        weights = [next(iter(given))] * len(spans)
+        ends = [self._ends.inside(text, *span) for span in spans]
+        return (
+            weights if given != {1.0} else None,
+            [(a, b, _END) for a, b in ends if a < b],
+        )
 
     def _render_by_prefixes(self, conversation: Conversation) -> list[Rendered]:
         messages, tools = conversation.messages, conversation.tools
@@ -88,13 +137,15 @@ class TurnRenderer:
         # What follows the last trained turn cannot change any loss: it is not even rendered.
         text = self.template.render(messages[: last + 1], tools)
         spans: list[Span] = []
+        kinds: list[Kind] = []
         for turn in conversation.trained:
             own = text if turn == last else self.template.render(messages[: turn + 1], tools)
-            span = self._turn_span(own, messages, tools, turn)
-            if text[: span[1]] != own[: span[1]]:
+            start, end = self._turn(own, messages, tools, turn)
+            if text[: end[1]] != own[: end[1]]:
                 return self._render_per_turn(conversation)
-            spans.append(span)
-        return [Rendered(text, spans)]
+            spans.append((start, end[1]))
+            kinds += self._kinds(own, spans[-1], end, messages[turn])
+        return [Rendered(text, spans, _weights(conversation, conversation.trained), kinds)]
 
     def _render_per_turn(self, conversation: Conversation) -> list[Rendered]:
         if self.rewrites == "refuse":
@@ -103,16 +154,19 @@ class TurnRenderer:
                 "turn as its own sample with --chat-rewrites per-turn"
             )
         rendered = []
+        messages = conversation.messages
         for turn in conversation.trained:
-            text = self.template.render(conversation.messages[: turn + 1], conversation.tools)
-            span = self._turn_span(text, conversation.messages, conversation.tools, turn)
-            rendered.append(Rendered(text, [span]))
+            text = self.template.render(messages[: turn + 1], conversation.tools)
+            start, end = self._turn(text, messages, conversation.tools, turn)
+            span = (start, end[1])
+            kinds = self._kinds(text, span, end, messages[turn])
+            rendered.append(Rendered(text, [span], _weights(conversation, [turn]), kinds))
         return rendered
 
-    def _turn_span(
+    def _turn(
         self, own: str, messages: Sequence[Any], tools: Sequence[Any] | None, turn: int
-    ) -> Span:
-        """Where `turn` lies in `own`, the conversation rendered up to and with it."""
+    ) -> tuple[int, Span]:
+        """Where `turn` begins in `own`, the conversation up to and with it, and its end token."""
         head = self.template.render(messages[:turn], tools, add_generation_prompt=True)
         if not own.startswith(head):
             raise RowError(
@@ -120,71 +174,55 @@ class TurnRenderer:
                 "of this turn (it opens a <think> block, or a stray character ends the template), "
                 "so no mask is right; mark the answers with {% generation %}"
             )
-        end = own.rfind(self._end_of_turn, len(head))
-        if end >= 0:
-            return len(head), end + len(self._end_of_turn)
-        # A tool call may end otherwise (Llama 3.1: <|eom_id|>): then the last special token.
-        ends = [m.end() for m in self._special.finditer(own, len(head))]
-        if not ends:
-            raise RowError(f"message {turn}: the template writes no end-of-turn token behind it")
-        return len(head), ends[-1]
+        return len(head), self._ends.behind(own, len(head), turn)
 
-    def _find_end_of_turn(self) -> str:
-        """The special token that the template puts behind an assistant turn."""
-        user, answer = "Zqwuser", "Zqwanswer"
-        probe = [
-            {"role": "user", "content": user + "1"},
-            {"role": "assistant", "content": answer + "1"},
-            {"role": "user", "content": user + "2"},
-            {"role": "assistant", "content": answer + "2"},
-        ]
-        try:
-            text = self.template.render(probe)
-        except TemplateError as error:
-            raise ValueError(
-                f"the chat template cannot render a plain two-turn conversation: {error}; "
-                "give another with --chat-template FILE"
-            ) from None
-        start, stop = text.find(answer + "1") + len(answer) + 1, text.find(user + "2")
-        if text.find(answer + "1") < 0 or stop < start:
-            raise ValueError(
-                "the chat template does not print the messages in their order; give another with "
-                "--chat-template FILE"
-            )
-        found = self._special.search(text, start, stop)
-        if found is None:
-            raise ValueError(
-                "the chat template writes no special token behind an assistant turn, so the model "
-                "would never learn to stop; add the end-of-turn token to the template and give it "
-                "with --chat-template FILE"
-            )
-        if self.template.has_marks:
-            _, spans = self.template.render_marked(probe)
-            if not any(a <= found.start() and found.end() <= b for a, b in spans):
-                raise ValueError(
-                    f"the chat template's generation marks leave out {found.group()!r} behind an "
-                    "assistant turn, so the model would never learn to stop; move "
-                    "{% endgeneration %} behind it"
-                )
-        return found.group()
+    def _kinds(self, text: str, span: Span, end: Span, message: dict[str, Any]) -> list[Kind]:
+        found = written(text, span[0], end[0], message)
+        kinds = [(a, b, _WRITTEN) for a, b in found] if found else []
+        if end[0] < end[1]:
+            kinds.append((*end, _END))
+        if end[1] < span[1]:
+            kinds.append((end[1], span[1], _WRITTEN))
+        return kinds
+
+    def _check_drops(self, conversation: Conversation, per_turn: bool) -> None:
+        def render(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
+            ends = conversation.trained if per_turn else [len(messages) - 1]
+            return "".join(self.template.render(messages[: e + 1], tools) for e in ends)
+
+        lost = self._lost.of(conversation, render)
+        if not lost.parts and not lost.empty:
+            return
+        what = ", ".join(lost.parts[:4]) or f"anything of message {lost.empty[0]}"
+        remedy = "give one that does with --chat-template FILE, or take it out of the row"
+        if lost.empty or self.drops == "refuse":
+            if not lost.empty:
+                remedy += ", or train without it with --chat-drops warn"
+            raise RowError(f"the chat template does not print {what}; {remedy}")
+        kinds = dict.fromkeys(part.split(" (message")[0] for part in lost.parts)
+        conversation.notes += [f"the chat template does not print {kind}" for kind in kinds]
 
     def _check_generation_prompt(self) -> None:
         """A template that no row could pass is the template's fault, not the first row's."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            self._turn_span(self.template.render(probe), probe, None, 1)
-        except RowError as error:
+            self._turn(self.template.render(probe), probe, None, 1)
+        except (RowError, TemplateError) as error:
             raise ValueError(
                 f"the chat template cannot be masked, on a plain conversation: {error}; give "
                 "another with --chat-template FILE"
             ) from None
 
 
-def _longest_first(tokens: Any) -> re.Pattern[str]:
-    ordered = sorted(set(tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
+def _check_encodable(text: str) -> None:
+    """The row's texts were checked; a template's own literals may hold anything."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError("the chat template writes a lone surrogate, which is no text") from None
 
 
-def special_tokens(spec: EncoderSpec) -> list[str]:
-    """The tokenizer's special tokens; added tokens that are not special (<think>) are no ends."""
-    return [t["content"] for t in json.loads(spec.tokenizer_json)["added_tokens"] if t["special"]]
+def _weights(conversation: Conversation, turns: Sequence[int]) -> list[float] | None:
+    weights = conversation.weights
+    return [weights.get(turn, 1.0) for turn in turns] if weights else None

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from megatron_dft.data.held_out import held_out
 from megatron_dft.data.order import EpochOrder
 from megatron_dft.data.overlong import OVERLONG, Conversations
 from megatron_dft.data.prepare import PrepareOptions, prepare
 from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.data.row_plan import RowPlan, pack_granularity
 from megatron_dft.data.rows import build_row
-from megatron_dft.data.sources import parse_sources
+from megatron_dft.data.sources import Source, parse_sources
+from megatron_dft.data.store import TokenStore
 from megatron_dft.data.tokenizer import encoder_spec, pad_token_id
 
 
@@ -32,6 +35,10 @@ class ChatDataset(Dataset):
         identity: what the rows depend on, for fingerprint.check_resume.
         pad_multiple: positions that each conversation is padded to.
         scores: a reference's log-probabilities of the conversations, None for rows without.
+        sources: names of the items of --train-data, which a row's source_ids count from 0.
+
+    Rows hold token_weights where any row of the data has a weight, and source_ids where there is
+    more than one source (rows.build_row).
     """
 
     def __init__(
@@ -45,8 +52,9 @@ class ChatDataset(Dataset):
         packing: bool,
         identity: dict[str, Any],
         scores: ReferenceScores | None = None,
+        sources: Sequence[str] = ("",),
     ) -> None:
-        self.scores = scores
+        self.scores, self.sources = scores, list(sources)
         self.conversations, self.plan, self.identity = conversations, plan, identity
         self.counts = conversations.counts
         self._seq_length, self._pad_id, self.pad_multiple = seq_length, pad_id, pad_multiple
@@ -69,14 +77,16 @@ class ChatDataset(Dataset):
 
     def row(self, members: Sequence[int]) -> dict[str, torch.Tensor]:
         """A row of these conversations, which have to fit; as `__getitem__` gives it."""
-        segments = self._max_segments
+        segments, found = self._max_segments, self.conversations
         return build_row(
-            [self.conversations[m] for m in members],
+            [found[m] for m in members],
             max_segments=None if segments is None else max(segments, len(members) + 1),
             reference_log_prob=None if self.scores is None else [self.scores[m] for m in members],
             seq_length=self._seq_length,
             pad_id=self._pad_id,
             pad_multiple=self.pad_multiple,
+            token_weights=[found.token_weights(m) for m in members] if found.has_weights else None,
+            sources=[found.source(m) for m in members] if len(self.sources) > 1 else None,
         )
 
 
@@ -99,15 +109,20 @@ def build_dataset(
     template_args: Mapping[str, Any] | None = None,
     template_date: str | None = None,
     rewrites: str = "per-turn",
+    drops: str = "refuse",
     workers: int | None = None,
     progress: bool = False,
     flag: str = "--train-data",
     reference_scores: str | os.PathLike[str] | None = None,
+    vocab_size: int | None = None,
+    valid_share: float = 0.0,
+    held_out_part: bool = False,
 ) -> ChatDataset:
     """Tokenises (or finds in the cache) and orders a data set.
 
     Args:
-        sources: paths or hub names, all or none with a weight: `["0.7:a.jsonl", "0.3:b.parquet"]`.
+        sources: paths or hub names, all or none with a weight: `["0.7:a.jsonl", "0.3:b.parquet"]`;
+            also `cap=1000:a.jsonl` and `epochs=2:b.parquet` (sources.parse_sources).
         tokenizer: a transformers fast tokenizer with a chat template (tokenizer.load_tokenizer).
         seq_length: positions in a row, Megatron's --seq-length.
         num_samples: how many samples training will take; the order does not depend on it. None
@@ -125,6 +140,11 @@ def build_dataset(
         flag: the command line flag that errors name.
         reference_scores: directory of a reference model's log-probabilities of these conversations
             (reference_scores.py); rows then carry them.
+        vocab_size: rows of the model's embedding, which every id has to be one of; None where there
+            is no model.
+        valid_share: this share of each source's rows is held out; held_out_part: the data set is
+            the held-out part, else the rest. One call with each makes a training and a validation
+            set of the same sources.
 
     Raises ValueError with one line for every fault of the data or of the settings.
     """
@@ -137,18 +157,35 @@ def build_dataset(
         raise ValueError(f"--overlong {overlong!r}: expected one of {', '.join(OVERLONG)}")
     parsed = parse_sources(sources, flag)
     weights = [s.weight for s in parsed if s.weight is not None] or None
-    if weights and not shuffle:
+    mixed = any(s.cap is not None or s.epochs is not None for s in parsed)
+    if (weights or mixed) and not shuffle and not held_out_part:
         raise ValueError(
             f"{flag}: weights mean nothing here, where each conversation is read once; drop them"
         )
     spec = encoder_spec(
-        tokenizer, template_args=template_args, template_date=template_date, rewrites=rewrites
+        tokenizer,
+        template_args=template_args,
+        template_date=template_date,
+        rewrites=rewrites,
+        drops=drops,
     )
-    options = PrepareOptions(data_format, errors, max_bad_rows, cache_dir, workers, progress)
+    options = PrepareOptions(
+        data_format, errors, max_bad_rows, cache_dir, workers, progress, vocab_size
+    )
     stores = prepare(parsed, spec, options)
-    conversations = Conversations(stores, seq_length, overlong)
+    chosen = _part(stores, valid_share, held_out_part)
+    conversations = Conversations(stores, seq_length, overlong, chosen)
+    order = EpochOrder(
+        conversations.sizes(),
+        weights if shuffle else None,
+        seed,
+        [s.cap for s in parsed],
+        [s.epochs for s in parsed],
+    )
+    if shuffle:
+        _check_counts(parsed, order.counts(), flag)
     granularity = pack_granularity(pad_multiple) if packing else 1
-    identity = {
+    identity: dict[str, Any] = {
         "sources": [s.meta["parts"] for s in stores],
         "weights": weights,
         "seed": seed,
@@ -157,11 +194,17 @@ def build_dataset(
         "packing": packing,
         "pack_granularity": granularity,
     }
+    # Absent where they are not used, as in what earlier runs have recorded.
+    if mixed:
+        identity["mixture"] = [[s.cap, s.epochs] for s in parsed]
+    if valid_share:
+        identity["valid_share"] = valid_share
+        identity["held_out_part"] = held_out_part
     scores = None
     if reference_scores is not None:
         scores = ReferenceScores(reference_scores).attach(conversations, identity)
     plan = RowPlan(
-        EpochOrder(conversations.sizes(), weights, seed),
+        order,
         conversations.lengths() - 1,  # the last token of each is a label only
         seq_length=seq_length,
         packing=packing,
@@ -177,9 +220,36 @@ def build_dataset(
         conversations,
         plan,
         seq_length=seq_length,
-        pad_id=pad_token_id(tokenizer),
+        pad_id=pad_token_id(tokenizer, vocab_size),
         pad_multiple=pad_multiple,
         packing=packing,
         identity=identity,
         scores=scores,
+        sources=[s.name for s in parsed],
     )
+
+
+def _part(
+    stores: Sequence[TokenStore], valid_share: float, held_out_part: bool
+) -> list[np.ndarray] | None:
+    """Which conversations of each store are used; None for all of them."""
+    if not valid_share:
+        return None
+    if not 0 < valid_share < 1:
+        raise ValueError(f"--valid-share {valid_share:g}: expected a share between 0 and 1")
+    apart = [held_out(store, valid_share) for store in stores]
+    if not any(a.any() for a in apart):
+        raise ValueError(
+            f"--valid-share {valid_share:g}: no source has two different rows, so none can be held "
+            "out; give --valid-data"
+        )
+    return apart if held_out_part else [~a for a in apart]
+
+
+def _check_counts(sources: Sequence[Source], counts: Sequence[int], flag: str) -> None:
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise ValueError(
+                f"{flag}: {source.name!r} would give no conversation to an epoch; raise its share, "
+                "cap or epochs, or leave it out"
+            )

@@ -9,13 +9,26 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_dft.data.chat_mask import Rendered, TurnRenderer
-from megatron_dft.data.schema import Conversation
-from megatron_dft.data.spec import SUPERVISED, EncoderSpec
+from megatron_dft.data.conversation import Conversation
+from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, EncoderSpec
+
+_END = int(END)
+
+
+class Encoded(NamedTuple):
+    """One text's tokens.
+
+    flagged: uint32 [n], the bits of spec; weights: float32 [n], the factor on the loss of each
+    supervised token where it is not 1, 0 everywhere else; None where all are 1.
+    """
+
+    flagged: np.ndarray
+    weights: np.ndarray | None
 
 
 class ChatEncoder:
@@ -29,6 +42,9 @@ class ChatEncoder:
 
         layout = json.loads(spec.tokenizer_json)
         self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        if largest > int(ID_MASK):
+            raise ValueError(f"the tokenizer has the id {largest}; {int(ID_MASK)} is the largest")
         parts = json.dumps([layout.get("pre_tokenizer"), layout.get("decoder")])
         self._byte_level = '"ByteLevel"' in parts
         self.renderer = TurnRenderer(spec)
@@ -38,7 +54,11 @@ class ChatEncoder:
         return self.renderer.render(conversation)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[np.ndarray]:
-        """uint32 [n] for each text: token ids, SUPERVISED set on those that train.
+        """uint32 [n] for each text: `flagged` of encode_weighted."""
+        return [e.flagged for e in self.encode_weighted(rendered)]
+
+    def encode_weighted(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """Token ids, flagged, with weights.
 
         Tokens behind the last supervised one are cut: a causal model's loss cannot see them. A
         text whose spans hold no token at all gives an empty array.
@@ -48,21 +68,12 @@ class ChatEncoder:
         )
         return [self._flag(e, r) for e, r in zip(encodings, rendered, strict=True)]
 
-    def _flag(self, encoding: Any, rendered: Rendered) -> np.ndarray:
+    def _flag(self, encoding: Any, rendered: Rendered) -> Encoded:
         straddled = [a for a, b in rendered.spans if self._straddles(encoding, a, b)]
         if straddled and self._byte_level:
             return self._flag_in_pieces(rendered, straddled)
-        ids = _as_array(encoding.ids)
-        last = 0
-        for start, end in rendered.spans:
-            first = _token_from(encoding, start, end)
-            if first is None:
-                continue
-            if encoding.token_to_chars(first)[0] < start:
-                first += 1  # half of it belongs to the header, which must not train
-            last = _token_behind(encoding, end, len(rendered.text), len(ids))
-            ids[first:last] |= SUPERVISED
-        return ids[:last]
+        piece, count = _flag_piece(encoding, rendered, 0, len(rendered.text))
+        return _cut(piece, count)
 
     def _straddles(self, encoding: Any, start: int, end: int) -> bool:
         """Whether a token holds characters from both sides of a span's start.
@@ -72,31 +83,79 @@ class ChatEncoder:
         first = _token_from(encoding, start, end)
         return first is not None and encoding.token_to_chars(first)[0] < start
 
-    def _flag_in_pieces(self, rendered: Rendered, cuts: Sequence[int]) -> np.ndarray:
+    def _flag_in_pieces(self, rendered: Rendered, cuts: Sequence[int]) -> Encoded:
         """Tokenises the text in pieces, so that none straddles a cut.
 
         This is what inference does: the prompt is tokenised alone and the answer's tokens follow.
         Exact for byte-level tokenizers, which add nothing at the start of a text.
         """
         borders = [0, *cuts, len(rendered.text)]
-        pieces = []
+        pieces: list[Encoded] = []
+        total = count = 0
         for begin, stop in zip(borders, borders[1:], strict=False):
-            spans = [
-                (max(a, begin) - begin, min(b, stop) - begin)
-                for a, b in rendered.spans
-                if a < stop and b > begin
-            ]
-            text = rendered.text[begin:stop]
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            ids = _as_array(encoding.ids)
-            for start, end in spans:
-                first = _token_from(encoding, start, end)
-                if first is not None:
-                    ids[first : _token_behind(encoding, end, len(text), len(ids))] |= SUPERVISED
-            pieces.append(ids)
-        ids = np.concatenate(pieces)
-        supervised = np.flatnonzero(ids & SUPERVISED)
-        return ids[: supervised[-1] + 1] if len(supervised) else ids[:0]
+            encoding = self._tokenizer.encode(rendered.text[begin:stop], add_special_tokens=False)
+            piece, last = _flag_piece(encoding, rendered, begin, stop)
+            pieces.append(piece)
+            count = total + last if last else count
+            total += len(piece.flagged)
+        weights = None
+        if rendered.weights is not None:
+            weights = np.concatenate([p.weights for p in pieces if p.weights is not None])
+        return _cut(Encoded(np.concatenate([p.flagged for p in pieces]), weights), count)
+
+
+def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> tuple[Encoded, int]:
+    """The tokens of text[begin:stop], flagged where they train, and how many of them are needed:
+    those up to the last supervised one."""
+    ids = _as_array(encoding.ids)
+    weights = None if rendered.weights is None else np.zeros(len(ids), dtype=np.float32)
+    length = stop - begin
+    last = 0
+    behind: dict[int, int] = {}  # where a span ends in the text → the token behind it
+    for number, (a, b) in enumerate(rendered.spans):
+        if a >= stop or b <= begin:
+            continue
+        start, end = max(a, begin) - begin, min(b, stop) - begin
+        first = _token_from(encoding, start, end)
+        if first is None:
+            continue
+        if encoding.token_to_chars(first)[0] < start:
+            first += 1  # half of it belongs to the header, which must not train
+        last = _token_behind(encoding, end, length, len(ids))
+        if first < last:
+            behind[end] = last
+        ids[first:last] |= SUPERVISED
+        if weights is not None and rendered.weights is not None:
+            weight = rendered.weights[number]
+            weights[first:last] = 0 if weight == 1 else weight
+    for a, b, kind in rendered.kinds:
+        start, end = a - begin, b - begin
+        token = behind.get(end, 0)
+        if token and kind & _END and start >= 0 and encoding.char_to_token(start) == token - 1:
+            ids[token - 1] |= kind
+        elif a < stop and b > begin:
+            _mark(encoding, ids, max(start, 0), min(end, length), length, kind)
+    return Encoded(ids, weights), last
+
+
+def _mark(encoding: Any, ids: np.ndarray, start: int, end: int, length: int, kind: int) -> None:
+    """Flags the tokens of [start, end): an end wherever it is touched, else only whole tokens."""
+    first = _token_from(encoding, start, end)
+    if first is None:
+        return
+    last = _token_behind(encoding, end, length, len(ids))
+    if not kind & _END:
+        if encoding.token_to_chars(first)[0] < start:
+            first += 1
+        while last > first and encoding.token_to_chars(last - 1)[1] > end:
+            last -= 1
+    supervised = ids[first:last]
+    supervised[(supervised & SUPERVISED) != 0] |= np.uint32(kind)
+
+
+def _cut(encoded: Encoded, count: int) -> Encoded:
+    weights = encoded.weights
+    return Encoded(encoded.flagged[:count], None if weights is None else weights[:count])
 
 
 def _as_array(ids: list[int]) -> np.ndarray:

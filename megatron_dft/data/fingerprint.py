@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.cache import write_atomically
+from megatron_dft.storage.files import read_json_object, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,9 @@ FILE_NAME = "megatron_dft_data.json"
 # Where each difference comes from, in the user's words.
 _FLAGS = {
     "weights": "the weights of --train-data",
+    "mixture": "caps and epochs of --train-data",
+    "valid_share": "--valid-share",
+    "held_out_part": "which part of --valid-share this is",
     "seed": "--seed",
     "seq_length": "--seq-length",
     "overlong": "--overlong",
@@ -31,13 +34,14 @@ _FLAGS = {
     "template_args": "--chat-template-args or the special tokens",
     "template_date": "--template-date",
     "chat_rewrites": "--chat-rewrites",
+    "chat_drops": "--chat-drops",
     "version": "the tokenised format of this release",
 }
 
 
 def record(directory: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
     """Writes a data set's `identity` into a checkpoint directory; the file is whole or absent."""
-    write_atomically(Path(directory) / FILE_NAME, json.dumps(identity, indent=1))
+    write_whole(Path(directory) / FILE_NAME, json.dumps(identity, indent=1))
 
 
 def check_resume(
@@ -56,8 +60,10 @@ def check_resume(
     if not path.exists():
         return []
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        saved = read_json_object(path)
+        if not has_sources(saved):
+            raise ValueError("it lists no sources")
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} is not readable: {error}; delete it to resume") from None
     changes = differences(saved, identity)
     if changes and not allow_change:
@@ -68,6 +74,12 @@ def check_resume(
     for change in changes:
         log.warning("resuming with changed data: %s", change)
     return changes
+
+
+def has_sources(identity: Any) -> bool:
+    """Whether what a file holds can be the identity of a data set."""
+    sources = identity.get("sources") if isinstance(identity, dict) else None
+    return isinstance(sources, list) and all(isinstance(source, dict) for source in sources)
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

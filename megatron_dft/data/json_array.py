@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_dft.data.schema import RowError
+from megatron_dft.data.conversation import RowError
 
 _SPACE = " \t\r\n"
 _READ_BYTES = 1 << 20
 
 
-def iterate_array(stream: Any, longest: int) -> Iterator[Any]:
-    """Decoded elements of the array in a binary stream.
+def iterate_array(stream: Any, longest: int) -> Iterator[tuple[Any, int]]:
+    """Decoded elements of the array in a binary stream, each with its number of characters.
 
     Raises RowError, with what is wrong, where the text is not a JSON array; nothing behind that
     point can be read. longest: characters that one element may have.
@@ -55,7 +55,7 @@ class _Text:
             if not self._grow():
                 return ""
 
-    def element(self) -> Any:
+    def element(self) -> tuple[Any, int]:
         self.next_char()
         while True:
             try:
@@ -69,10 +69,14 @@ class _Text:
                 continue
             except RecursionError:
                 raise RowError("JSON nested too deep") from None
+            except RowError:
+                raise
+            except ValueError as error:  # an integer of more digits than Python converts
+                raise RowError(f"not JSON: {error}") from None
             if end == len(self._window) and self._grow():
                 continue  # a number may go on
-            self.position = end
-            return value
+            size, self.position = end - self.position, end
+            return value, size
 
     def _grow(self) -> bool:
         if self._ended:

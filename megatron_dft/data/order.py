@@ -31,20 +31,40 @@ class EpochOrder:
             gives more than it has starts over, reshuffled, and one that gives less goes on in the
             next epoch where it stopped.
         seed: any integer ≥ 0.
+        caps: at most so many conversations of each source an epoch; None for no cap. What a cap
+            takes from a source is not given to the others: the epoch is shorter.
+        epochs: without weights, how often an epoch takes each conversation of a source (2: twice,
+            0.5: half of them, the other half in the next epoch); None for once.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float] | None,
+        seed: int,
+        caps: Sequence[int | None] | None = None,
+        epochs: Sequence[float | None] | None = None,
+    ) -> None:
         self._sizes = list(sizes)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
         self._seed = seed
-        self._counts = _shares(self._sizes, weights)
+        counts = _shares(self._sizes, weights)
+        if epochs is not None:
+            counts = [c if e is None else round(c * e) for c, e in zip(counts, epochs, strict=True)]
+        if caps is not None:
+            counts = [c if m is None else min(c, m) for c, m in zip(counts, caps, strict=True)]
+        self._counts = counts
+
+    def counts(self) -> list[int]:
+        """Conversations that each source gives to an epoch."""
+        return list(self._counts)
 
     def epoch_size(self) -> int:
         """Conversations in an epoch."""
         return int(sum(self._counts))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64 [epoch_size]: indices into the concatenated sources, shuffled."""
+        """int64, one epoch: indices into the concatenated sources, shuffled."""
         drawn = np.concatenate([self._draw(s, epoch) for s in range(len(self._sizes))])
         return drawn[permutation(len(drawn), self._seed, 0, epoch)]
 

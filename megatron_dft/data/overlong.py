@@ -16,12 +16,23 @@ OVERLONG = ("refuse", "drop", "truncate")
 class Conversations:
     """All usable conversations of several stores, numbered through, cut to fit a row.
 
-    counts: what fit_conversations left out or cut. Raises ValueError as it does.
+    stores: where they lie; counts: what fit_conversations left out or cut. Raises ValueError as it
+    does.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], seq_length: int, overlong: str) -> None:
-        self._stores = list(stores)
-        self._kept, self._ends, self.counts = fit_conversations(stores, seq_length, overlong)
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        seq_length: int,
+        overlong: str,
+        chosen: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        """chosen: bool [N] for each store, which of its conversations are used; None for all."""
+        self.stores = list(stores)
+        self._kept, self._ends, self.counts = fit_conversations(
+            stores, seq_length, overlong, chosen
+        )
+        self.has_weights = any(s.weights is not None for s in stores)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes())])
 
     def sizes(self) -> list[int]:
@@ -45,13 +56,23 @@ class Conversations:
     def __getitem__(self, number: int) -> np.ndarray:
         """uint32 [n]: flagged tokens of one conversation (see spec.SUPERVISED)."""
         store, local = self._locate(number)
-        flagged = self._stores[store].flagged(int(self._kept[store][local]))
+        flagged = self.stores[store].flagged(int(self._kept[store][local]))
         return flagged[: self._ends[store][local]]
+
+    def token_weights(self, number: int) -> np.ndarray:
+        """float32 [n]: the factor on each token's loss, above 0 exactly where it trains."""
+        store, local = self._locate(number)
+        weights = self.stores[store].token_weights(int(self._kept[store][local]))
+        return weights[: self._ends[store][local]]
+
+    def source(self, number: int) -> int:
+        """Which of the stores a conversation is in."""
+        return self._locate(number)[0]
 
     def where(self, number: int) -> str:
         """file:line of the row that a conversation came from."""
         store, local = self._locate(number)
-        return self._stores[store].where(int(self._kept[store][local]))
+        return self.stores[store].where(int(self._kept[store][local]))
 
     def _locate(self, number: int) -> tuple[int, int]:
         store = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -59,7 +80,10 @@ class Conversations:
 
 
 def fit_conversations(
-    stores: Sequence[TokenStore], seq_length: int, overlong: str
+    stores: Sequence[TokenStore],
+    seq_length: int,
+    overlong: str,
+    chosen: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:
     """Which conversations of each store are used, and how many of their tokens.
 
@@ -71,8 +95,10 @@ def fit_conversations(
     """
     kept, ends = [], []
     counts = {"overlong_dropped": 0, "overlong_truncated": 0, "overlong_tokens_cut": 0}
-    for store in stores:
+    for number, store in enumerate(stores):
         lengths = store.lengths()
+        if chosen is not None:
+            lengths = np.where(chosen[number], lengths, 0)
         too_long = np.flatnonzero(lengths - 1 > seq_length)
         if len(too_long) and overlong == "refuse":
             worst = int(too_long[0])
@@ -88,7 +114,7 @@ def fit_conversations(
         else:
             end[too_long] = 0
         use = np.flatnonzero(end)
-        counts["overlong_dropped"] += len(store) - len(use)
+        counts["overlong_dropped"] += int(np.count_nonzero(lengths)) - len(use)
         counts["overlong_truncated"] += int((end[use] < lengths[use]).sum())
         counts["overlong_tokens_cut"] += int((lengths - end).sum())
         kept.append(use)

@@ -10,13 +10,14 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data.cache import digest, locked, store_parts
+from megatron_dft.data.cache import digest, locked, store_parts, writing
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.store import Block, StoreWriter, TokenStore
-from megatron_dft.data.tokenize_rows import BadRow, describe
+from megatron_dft.data.tokenize_rows import NOTE, BadRow, describe, reason_kind
+from megatron_dft.data.vocabulary import check_ids
 from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class PrepareOptions:
     data_format: one of schema.FORMATS, or None to recognise it; errors: one of ERRORS;
     max_bad_rows: with "skip", how many rows may be bad: a share of all below 1, a count from 1 on;
     cache_dir: where tokenised data is kept, None keeps it in memory; workers: tokenising processes,
-    None for one a core; progress: this process tells how far it is and logs the rows left out.
+    None for one a core; progress: this process tells how far it is and logs the rows left out;
+    vocab_size: rows of the model's embedding, None where no model is at hand.
     """
 
     data_format: str | None = None
@@ -44,29 +46,42 @@ class PrepareOptions:
     cache_dir: str | os.PathLike[str] | None = None
     workers: int | None = None
     progress: bool = False
+    vocab_size: int | None = None
 
 
 def prepare(
     sources: Sequence[Source], spec: EncoderSpec, options: PrepareOptions
 ) -> list[TokenStore]:
-    """One store for each source, in their order; `meta["parts"]` says what its tokens depend on.
-
-    With a cache directory, processes that call this at the same time (ranks, jobs) share the work:
-    one tokenises, the others wait for it.
+    """One store for each source, in their order, as `tokenised` gives them; checked.
 
     Raises ValueError, one line with file and row, for bad rows (errors "strict"), for more bad rows
-    than `max_bad_rows` (errors "skip"), and for files that cannot be read.
+    than `max_bad_rows` (errors "skip"), for files that cannot be read, and for ids that are no rows
+    of the embedding.
     """
-    cache = None if options.cache_dir is None else Path(options.cache_dir)
     stores = []
     for source in sources:
-        parts = store_parts(source, spec, options.data_format, cache)
-        store = _prepare_one(source, digest(parts), spec, options, cache)
-        # The content is the same wherever the files lie now.
-        store.meta.update(paths=_names(source), parts=parts)
+        store = tokenised(source, spec, options)
         check_bad_rows(store, source.name, options)
         stores.append(store)
+    if options.vocab_size is not None:
+        check_ids(stores, options.vocab_size, spec)
     return stores
+
+
+def tokenised(source: Source, spec: EncoderSpec, options: PrepareOptions) -> TokenStore:
+    """A source's store, however many bad rows it left out; `meta["parts"]` says what its tokens
+    depend on.
+
+    With a cache directory, processes that call this at the same time (ranks, jobs) share the work:
+    one tokenises, the others wait for it. Raises ValueError at the first bad row of a source that
+    is not in the cache with errors "strict", and for files that cannot be read.
+    """
+    cache = None if options.cache_dir is None else Path(options.cache_dir)
+    parts = store_parts(source, spec, options.data_format, cache)
+    store = _prepare_one(source, digest(parts), spec, options, cache)
+    # The content is the same wherever the files lie now.
+    store.meta.update(paths=_names(source), parts=parts)
+    return store
 
 
 def _prepare_one(
@@ -88,11 +103,14 @@ def _build(
     target: Path, source: Source, key: str, spec: EncoderSpec, options: PrepareOptions
 ) -> None:
     bad: list[BadRow] = []
-    writer = StoreWriter(target)
+    with writing(target.parent):
+        writer = StoreWriter(target)
     try:
         for block in _blocks(source, spec, options, bad):
-            writer.add(block)
-        writer.finish(_meta(source, key, bad))
+            with writing(target.parent):
+                writer.add(block)
+        with writing(target.parent):
+            writer.finish(_meta(source, key, bad))
     except BaseException:
         writer.abandon()
         raise
@@ -153,8 +171,27 @@ def check_bad_rows(store: TokenStore, name: str, options: PrepareOptions) -> Non
             f"first is {bad_rows(store)[0]}"
         )
     if len(store) == 0:
-        raise ValueError(f"{name}: no row can be trained on")
-    if bad and options.progress:
+        raise ValueError(_no_row(store, name))
+    if not options.progress:
+        return
+    if bad:
         log.warning("%s: left out %d of %d rows", name, bad, rows)
         for line in bad_rows(store)[:20]:
             log.warning("left out: %s", line)
+    for note, count in notes(store).items():
+        log.warning("%s: %s (%d of %d rows)", name, note, count, rows)
+
+
+def _no_row(store: TokenStore, name: str) -> str:
+    """Why no row can be trained on: the first row of each reason."""
+    first: dict[str, str] = {}
+    for (_, _, reason), line in zip(store.meta["bad"], bad_rows(store), strict=True):
+        first.setdefault(reason_kind(reason), line)
+    why = "; ".join(list(first.values())[:3])
+    return f"{name}: no row can be trained on: {why or 'all have weight 0'}; mend the rows"
+
+
+def notes(store: TokenStore) -> dict[str, int]:
+    """What is said once about rows that train → their number."""
+    counts = store.meta["counts"]
+    return {k[len(NOTE) :]: v for k, v in counts.items() if k.startswith(NOTE)}

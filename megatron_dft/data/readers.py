@@ -5,41 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from megatron_dft.data.batches import BATCH_BYTES, BATCH_ROWS, MAX_LINE_BYTES, RowBatch, Unreadable
+from megatron_dft.data.conversation import RowError
 from megatron_dft.data.json_array import iterate_array
-from megatron_dft.data.schema import RowError
 from megatron_dft.data.sources import PARQUET, Source
-
-# A longer line is no conversation (16 MiB of text is four million tokens): it is skipped unread.
-MAX_LINE_BYTES = 16 * 1024 * 1024
-BATCH_BYTES = 512 * 1024
-BATCH_ROWS = 1024
-
-Progress = Callable[[int], None]
-
-
-@dataclass
-class Unreadable:
-    """Stands for a row that was not even read, with the reason."""
-
-    reason: str
-
-
-@dataclass
-class RowBatch:
-    """Raw rows of one file. rows: bytes (a JSON line), Unreadable, or a decoded object.
-
-    numbers: each row's line, element or row number, 1-based; file: index among the source's files;
-    size: bytes of the file (as stored, maybe compressed) that were read for it.
-    """
-
-    file: int
-    numbers: list[int]
-    rows: list[Any]
-    size: int = 0
+from megatron_dft.data.tables import read_datasets, read_parquet
 
 
 def read_batches(source: Source) -> Iterator[RowBatch]:
@@ -48,10 +21,10 @@ def read_batches(source: Source) -> Iterator[RowBatch]:
     Raises ValueError, with the file, where a file is empty, truncated or otherwise damaged.
     """
     if source.kind != "files":
-        yield from _read_datasets(source)
+        yield from read_datasets(source)
         return
     for index, path in enumerate(source.paths):
-        read = _read_parquet if path.endswith(PARQUET) else _read_json
+        read = read_parquet if path.endswith(PARQUET) else _read_json
         rows = 0
         for batch in read(path, index):
             rows += len(batch.rows)
@@ -104,10 +77,9 @@ def _line_rows(stream: Any) -> Iterator[tuple[int, Any, int]]:
 
 
 def _array_rows(stream: Any) -> Iterator[tuple[int, Any, int]]:
-    """(element number, decoded element, its share of a batch) of a JSON array."""
-    share = BATCH_BYTES // BATCH_ROWS
-    for number, element in enumerate(iterate_array(stream, MAX_LINE_BYTES), 1):
-        yield number, element, share
+    """(element number, decoded element, its characters) of a JSON array."""
+    for number, (element, size) in enumerate(iterate_array(stream, MAX_LINE_BYTES), 1):
+        yield number, element, size
 
 
 def _skip_line(stream: Any) -> None:
@@ -165,65 +137,3 @@ class _ZstdReader(io.RawIOBase):
         except self._zstandard.ZstdError as error:
             raise EOFError(str(error)) from None
         return True
-
-
-def _read_parquet(path: str, index: int) -> Iterator[RowBatch]:
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        total, number = max(file.metadata.num_rows, 1), 0
-        size = os.path.getsize(path)
-        for table in file.iter_batches(batch_size=BATCH_ROWS):
-            rows = table.to_pylist()
-            numbers = list(range(number + 1, number + 1 + len(rows)))
-            number += len(rows)
-            yield RowBatch(index, numbers, rows, size * len(rows) // total)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a whole Parquet file: {_first_line(error)}") from None
-
-
-def _read_datasets(source: Source) -> Iterator[RowBatch]:
-    data = open_dataset(source)
-    if len(data) == 0:
-        raise ValueError(f"{source.name}: the data set holds no rows")
-    number = 0
-    for table in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        rows = table.to_pylist()
-        yield RowBatch(0, list(range(number + 1, number + 1 + len(rows))), rows, len(rows))
-        number += len(rows)
-
-
-def open_dataset(source: Source) -> Any:
-    """A saved or hub data set through the `datasets` library, memory-mapped.
-
-    Raises ValueError where it cannot be loaded or a split must be named.
-    """
-    import datasets
-
-    name, _, split = source.name.partition("@") if source.kind == "hub" else (source.name, "", "")
-    try:
-        if source.kind == "hub":
-            return datasets.load_dataset(name, split=split or "train")
-        data = datasets.load_from_disk(name)
-    except Exception as error:  # the hub client raises a zoo of types
-        raise ValueError(
-            f"data set {source.name!r} cannot be loaded: {_first_line(error)}; without network "
-            "give a file, or a directory that `datasets` saved"
-        ) from None
-    if isinstance(data, datasets.DatasetDict):
-        if "train" not in data:
-            raise ValueError(
-                f"data set {source.name!r} has the splits {sorted(data)} and no 'train'; name one "
-                f"split's directory, {source.name}/<split>"
-            )
-        return data["train"]
-    return data
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dft.data.cache import write_atomically
-from megatron_dft.data.fingerprint import differences
+from megatron_dft.data.cache import content_hash
+from megatron_dft.data.fingerprint import differences, has_sources
 from megatron_dft.data.overlong import Conversations
 from megatron_dft.data.packing import windows
+from megatron_dft.storage.files import read_json_object, whole_file, write_whole
 
 FLAG = "--dft-reference-scores"
 VERSION = 1
@@ -41,6 +42,7 @@ def data_identity(conversations: Conversations, identity: Mapping[str, Any]) -> 
         "cut": conversations.digest(),
         "seq_length": identity["seq_length"],
         "overlong": identity["overlong"],
+        "valid_share": identity.get("valid_share", 0),
     }
 
 
@@ -50,6 +52,7 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     if not found and saved["cut"] != current["cut"]:
         was, now = (
             f"--seq-length {d['seq_length']} with --overlong {d['overlong']}"
+            f" and --valid-share {d.get('valid_share', 0):g}"
             for d in (saved, current)
         )
         found.append(f"other conversations are left out or cut: was {was}, is {now}")
@@ -58,11 +61,24 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["version"] != VERSION:
-            raise ValueError(f"version {found['version']}")
+        found = read_json_object(path)
+        if found.get("version") != VERSION:
+            raise ValueError(f"version {str(found.get('version'))[:40]}")
+        data, model = found.get("data"), found.get("model")
+        # A plan has no tokens and no hash yet.
+        tokens, sha256 = (found.get(k, d) for k, d in (("tokens", 1), ("sha256", "")))
+        if path.name == _HEADER and not {"tokens", "sha256"} <= found.keys():
+            raise ValueError("its number of tokens or its hash is missing")
+        if not isinstance(data, dict) or not has_sources(data):
+            raise ValueError("it does not say of which data")
+        if not {"cut", "seq_length", "overlong"} <= data.keys():
+            raise ValueError("it does not say of which data")
+        if not isinstance(model, dict) or not {"name", "dtype"} <= model.keys():
+            raise ValueError("it does not say of which model")
+        if type(tokens) is not int or tokens < 1 or not isinstance(sha256, str):
+            raise ValueError("its number of tokens or its hash is none")
         return found
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{FLAG}: {str(path)!r} is not readable ({error}); delete the directory and score again"
         ) from None
@@ -71,6 +87,17 @@ def _read(path: Path) -> dict[str, Any]:
 def _offsets(conversations: Conversations) -> np.ndarray:
     """int64 [N + 1]: where each conversation's scores begin; the first token has none."""
     return np.concatenate([[0], np.cumsum(conversations.lengths() - 1)]).astype(np.int64)
+
+
+def _covers(borders: Any, conversations: int) -> bool:
+    """Whether [begin, end) pairs follow each other over all conversations."""
+    if not isinstance(borders, list) or not all(
+        isinstance(b, list) and len(b) == 2 for b in borders
+    ):
+        return False
+    ends = [0, *(n for border in borders for n in border), conversations]
+    whole = all(type(n) is int for n in ends)
+    return whole and ends[::2] == ends[1::2] and all(b <= e for b, e in borders)
 
 
 class ReferenceScores:
@@ -97,6 +124,19 @@ class ReferenceScores:
             )
         self._scores = np.memmap(path, dtype="<f4", mode="r")
         self._starts = np.empty(0, dtype=np.int64)
+
+    def check_content(self, cache: Path | None) -> None:
+        """Raise ValueError unless the scores are those that were written.
+
+        Reads all of them, once: `cache` (that of the tokens) remembers the file's hash.
+        """
+        path = self.directory / _SCORES
+        found, expected = content_hash(path, cache), self.header.get("sha256")
+        if found != expected:
+            raise ValueError(
+                f"{FLAG}: {str(path)!r} is not what was scored: its SHA-256 is {found}, "
+                f"{_HEADER} says {expected}; delete the directory and score again"
+            )
 
     def attach(self, conversations: Conversations, identity: Mapping[str, Any]) -> ReferenceScores:
         """These scores for that data set; ValueError where they were made from another one."""
@@ -161,12 +201,17 @@ class ScoreWriter:
                 f"{FLAG}: {str(self._directory)!r} holds scores of something else: "
                 f"{'; '.join(changes)}; choose another directory, or delete this one"
             )
+        if not _covers(saved.get("borders"), len(self._starts) - 1):
+            raise ValueError(
+                f"{FLAG}: the segments of {str(self._directory)!r} do not follow each other; "
+                "delete the directory and score again"
+            )
         self._plan["borders"] = saved["borders"]
 
     def start(self) -> None:
         """Writes the plan that later starts go on with."""
         text = json.dumps(self._plan)
-        write_atomically(self._directory / _SEGMENTS / "plan.json", text)
+        write_whole(self._directory / _SEGMENTS / "plan.json", text)
 
     def _path(self, segment: int) -> Path:
         return self._directory / _SEGMENTS / f"{segment:06d}.f32"
@@ -193,26 +238,17 @@ class ScoreWriter:
                 )
         values = np.concatenate([scores[n] for n in range(begin, end)]).astype("<f4", copy=False)
         assert len(values) == self._tokens(segment)
-        path = self._path(segment)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            file.write(values.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(self._path(segment), values.tobytes())
 
     def finish(self) -> ReferenceScores:
         """Joins the segments; only then the directory holds scores that can be opened."""
-        partial, sha256 = self._directory / f"{_SCORES}.partial", hashlib.sha256()
-        with open(partial, "wb") as file:
+        sha256 = hashlib.sha256()
+        with whole_file(self._directory / _SCORES) as file:
             for segment in range(len(self.borders)):
                 content = self._path(segment).read_bytes()
                 sha256.update(content)
                 file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self._directory / _SCORES)
         header = {**self._plan, "tokens": int(self._starts[-1]), "sha256": sha256.hexdigest()}
-        write_atomically(self._directory / _HEADER, json.dumps(header, indent=1))
+        write_whole(self._directory / _HEADER, json.dumps(header, indent=1))
         shutil.rmtree(self._directory / _SEGMENTS, ignore_errors=True)
         return ReferenceScores(self._directory)

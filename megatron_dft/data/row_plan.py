@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from megatron_dft.data.order import EpochOrder
 from megatron_dft.data.packing import Packs, pack
+from megatron_dft.storage.files import whole_file
 
 _VERSION = 1
 _GRANULARITY = 8
@@ -99,6 +99,10 @@ class RowPlan:
     def most_members(self) -> int:
         return max(p.most_members() for p in self._epochs)
 
+    def source_counts(self) -> list[int]:
+        """Conversations that each source gives to an epoch."""
+        return self._order.counts()
+
     def efficiency(self) -> float:
         """Share of the first epoch's positions that hold a conversation's tokens."""
         packs = self._epochs[0]
@@ -120,21 +124,20 @@ class RowPlan:
             packs = pack(order, self._sizes, self._seq_length, None)
         if path is None:
             return packs
-        _save(path, packs)
-        return _load(path)
+        try:
+            _save(path, packs)
+            return _load(path)
+        except OSError:  # a cache that is read-only or full: packed again at the next start
+            return packs
 
 
 def _save(path: Path, packs: Packs) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    # Ranks that pack at the same time write the same bytes; the last rename changes nothing.
+    with whole_file(path) as file:
         head = np.array([len(packs.starts), len(packs.members)], dtype="<i8")
         for array in (head, packs.starts, packs.members):
             file.write(array.astype("<i8", copy=False).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    # Ranks that pack at the same time write the same bytes; the last rename changes nothing.
-    os.replace(partial, path)
 
 
 def _load(path: Path) -> Packs:

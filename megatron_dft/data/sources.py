@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_WEIGHTED = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?):(.+)$")
+_NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
+_SETTING = rf"(?:{_NUMBER}|(?:share|cap|epochs)=[^,:]*)"
+_WEIGHTED = re.compile(rf"^({_SETTING}(?:,{_SETTING})*):(.+)$")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.\[\]:%-]+)?$")
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet", ".pq")
@@ -19,13 +22,17 @@ class Source:
     """One item of --train-data.
 
     kind: "files" (JSON lines or Parquet, see `paths`), "saved" (a directory that `datasets` wrote)
-    or "hub" (a name, `org/name` or `org/name@split`). weight: None where none was given.
+    or "hub" (a name, `org/name` or `org/name@split`). weight: its share of an epoch, relative to
+    the others'; cap: at most so many of its conversations an epoch; epochs: how often an epoch
+    takes each of them. None where none was given.
     """
 
     name: str
     kind: str
     paths: tuple[str, ...]
     weight: float | None
+    cap: int | None = None
+    epochs: float | None = None
 
 
 def parse_sources(
@@ -33,8 +40,9 @@ def parse_sources(
 ) -> list[Source]:
     """`["a.jsonl", "b.parquet"]` or `["0.7:a.jsonl", "0.3:b.parquet"]` to sources.
 
-    Raises ValueError for a path that does not exist, an unknown kind of file, weights on some items
-    only, or weights that are not positive.
+    Before the colon stand, separated by commas, a share (`0.7` or `share=0.7`), `cap=1000` and
+    `epochs=2`. Raises ValueError for a path that does not exist, an unknown kind of file, shares on
+    some items only or beside epochs, and numbers that are not positive.
     """
     if isinstance(items, str | os.PathLike):
         items = [items]
@@ -48,37 +56,73 @@ def parse_sources(
             f"{flag}: {weighted[0].name!r} has a weight and {bare!r} has none; give every item a "
             "weight (0.7:a.jsonl 0.3:b.parquet) or none"
         )
+    repeated = next((s for s in sources if s.epochs is not None), None)
+    if weighted and repeated is not None:
+        raise ValueError(
+            f"{flag}: {repeated.name!r} has epochs={repeated.epochs:g} beside shares, and both say "
+            "how many conversations it gives; keep the shares or the epochs"
+        )
     return sources
 
 
 def _parse(item: str, flag: str) -> Source:
-    weight, name = None, item
+    name = item
+    settings: dict[str, float] = {}
     match = _WEIGHTED.match(item)
     if match and not os.path.exists(item):
-        weight, name = float(match.group(1)), match.group(2)
-        if not weight > 0:
-            raise ValueError(
-                f"{flag} {item!r}: the weight must be above 0; leave the item out instead"
-            )
+        settings, name = _settings(match.group(1), item, flag), match.group(2)
+    cap = settings.get("cap")
+    kind, paths = _files_of(name, flag)
+    return Source(
+        name,
+        kind,
+        paths,
+        settings.get("share"),
+        None if cap is None else int(cap),
+        settings.get("epochs"),
+    )
+
+
+def _settings(text: str, item: str, flag: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, value = part.rpartition("=")
+        key = key or "share"
+        if key in found:
+            raise ValueError(f"{flag} {item!r}: {key} is given twice")
+        try:
+            found[key] = float(value)
+        except ValueError:
+            found[key] = math.nan
+        name = "the weight" if key == "share" else key
+        if not 0 < found[key] < math.inf:
+            raise ValueError(f"{flag} {item!r}: {name} must be above 0; leave the item out instead")
+        if key == "cap" and found[key] != int(found[key]):
+            raise ValueError(f"{flag} {item!r}: cap counts conversations; give a whole number")
+    return found
+
+
+def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
+    """The kind of an item and its files."""
     path = Path(name)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return Source(name, "saved", _files_below(path, None), weight)
+            return "saved", _files_below(path, None)
         files = _files_below(path, JSON_LINES + PARQUET)
         if not files:
             raise ValueError(
                 f"{flag} {name!r} is a directory without .jsonl or .parquet files and not a data "
                 "set that `datasets` saved; name the files"
             )
-        return Source(name, "files", files, weight)
+        return "files", files
     if path.exists():
         if not name.endswith(JSON_LINES + PARQUET):
             raise ValueError(
                 f"{flag} {name!r}: unknown kind of file; expected {', '.join(JSON_LINES + PARQUET)}"
             )
-        return Source(name, "files", (name,), weight)
+        return "files", (name,)
     if _HUB_NAME.match(name) and not name.endswith(JSON_LINES + PARQUET):
-        return Source(name, "hub", (), weight)
+        return "hub", ()
     raise ValueError(f"{flag} {name!r} does not exist; give a file, a directory or a hub data set")
 
 

@@ -1,4 +1,4 @@
-"""What decides a row's tokens, as plain data; and how a stored token says that it trains."""
+"""What decides a row's tokens, as plain data; and what a stored token says of itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 
-# Bit 31 of a stored token says that it is supervised; ids stay far below it.
+# A stored token is one uint32. Bit 31: it is supervised. Bit 30: it ends a supervised turn. Bit 29:
+# the chat template wrote it, not the row (the end is written too). The last two are set on
+# supervised tokens alone. The id is in the other 29 bits; vocabularies stay far below.
 SUPERVISED = np.uint32(1 << 31)
-ID_MASK = np.uint32((1 << 31) - 1)
+END = np.uint32(1 << 30)
+WRITTEN = np.uint32(1 << 29)
+ID_MASK = np.uint32((1 << 29) - 1)
+
+# The same in a row's `token_kinds`: (flagged >> KIND_SHIFT) & 3.
+KIND_SHIFT = np.uint32(29)
+KIND_WRITTEN, KIND_END = 1, 2
 
 REWRITES = ("per-turn", "refuse")
+DROPS = ("refuse", "warn")
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class EncoderSpec:
     tokenizer_json is the `tokenizers` library's own serialisation without truncation, padding and
     post-processor; templates maps "default" (and "tool_use") to Jinja source; variables are what
     the template may read besides the messages; date is ISO (YYYY-MM-DD) or None; rewrites is one
-    of REWRITES.
+    of REWRITES, drops one of DROPS.
     """
 
     tokenizer_json: str
@@ -30,3 +39,4 @@ class EncoderSpec:
     variables: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     rewrites: str = "per-turn"
+    drops: str = "refuse"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_dft.data.dataset import ChatDataset
 from megatron_dft.data.overlong import Conversations
-from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, WRITTEN
 from megatron_dft.data.store import TokenStore, sum_counts
-from megatron_dft.data.tokenize_rows import REASON
+from megatron_dft.data.tokenize_rows import REASON, ZERO_WEIGHT
 
 _PERCENTILES = (0, 50, 90, 99, 100)
 # Tokens looked at in one go, so that memory does not grow with the data.
@@ -26,7 +27,10 @@ class Statistics:
     lengths: every conversation as it was read, the over-long ones too; bad_rows: reason → rows;
     per_turn_rows: rows whose turns became samples of their own; efficiency, padded_efficiency:
     share of row positions that hold tokens, packed and with one conversation a row; special_inside:
-    special tokens that train inside a turn, not at its end.
+    special tokens that train inside a turn, not at its end; end_tokens, written_tokens: supervised
+    ones that end a turn, and that the chat template wrote; weights: (smallest, largest, mean) of
+    the supervised tokens, None where no row has one; zero_weight_rows: left out for weight 0;
+    sources: name → (conversations, of these in an epoch) where there are several.
     """
 
     rows: int
@@ -41,6 +45,11 @@ class Statistics:
     efficiency: float
     padded_efficiency: float
     special_inside: dict[str, int]
+    end_tokens: int
+    written_tokens: int
+    weights: tuple[float, float, float] | None
+    zero_weight_rows: int
+    sources: dict[str, tuple[int, int]]
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; lengths as percentiles."""
@@ -56,7 +65,9 @@ def gather(
     counts = sum_counts(s.meta["counts"] for s in stores)
     lengths = data.conversations.lengths()
     all_lengths = np.concatenate([s.lengths() for s in stores])
-    supervised, inside = _count_supervised(data.conversations, special)
+    found = _count_supervised(data.conversations, special)
+    weights = _weights(data.conversations) if data.conversations.has_weights else None
+    sizes, drawn = data.conversations.sizes(), data.plan.source_counts()
     return Statistics(
         rows=counts["rows"],
         conversations=len(lengths),
@@ -64,28 +75,54 @@ def gather(
         per_turn_rows=counts["per_turn_rows"],
         overlong=dict(data.counts),
         tokens=int(lengths.sum()),
-        supervised_tokens=supervised,
+        supervised_tokens=found.supervised,
         lengths=all_lengths,
         packed_rows=data.rows_per_pass,
         efficiency=data.plan.efficiency(),
         padded_efficiency=float((lengths - 1).sum() / (len(lengths) * seq_length)),
-        special_inside=inside,
+        special_inside=found.inside,
+        end_tokens=found.end,
+        written_tokens=found.written,
+        weights=weights,
+        zero_weight_rows=counts.get(ZERO_WEIGHT, 0),
+        sources=dict(zip(data.sources, zip(sizes, drawn, strict=True), strict=True))
+        if len(data.sources) > 1
+        else {},
     )
 
 
-def _count_supervised(
-    conversations: Conversations, special: dict[int, str]
-) -> tuple[int, dict[str, int]]:
-    """Supervised tokens, and the special ones among them that another supervised token follows."""
-    supervised = 0
+class _Counts(NamedTuple):
+    supervised: int
+    inside: dict[str, int]
+    end: int
+    written: int
+
+
+def _count_supervised(conversations: Conversations, special: dict[int, str]) -> _Counts:
+    """Supervised tokens by kind; inside: special ones that another supervised token follows."""
+    supervised = end = written = 0
     inside = np.zeros(max(special, default=0) + 1, dtype=np.int64)
     for flagged in _slices(conversations):
         trains = (flagged & SUPERVISED) != 0
         supervised += int(trains.sum())
+        end += int(np.count_nonzero(flagged & END))
+        written += int(np.count_nonzero(flagged & WRITTEN))
         ids = (flagged & ID_MASK)[:-1][trains[:-1] & trains[1:]]
         inside += np.bincount(ids[ids < len(inside)], minlength=len(inside))
     found = {token: int(inside[i]) for i, token in special.items() if inside[i]}
-    return supervised, dict(sorted(found.items(), key=lambda item: -item[1]))
+    ordered = dict(sorted(found.items(), key=lambda item: -item[1]))
+    return _Counts(supervised, ordered, end, written)
+
+
+def _weights(conversations: Conversations) -> tuple[float, float, float]:
+    """Smallest, largest and mean weight of a supervised token."""
+    smallest, largest, total, count = np.inf, 0.0, 0.0, 0
+    for number in range(len(conversations)):
+        weights = conversations.token_weights(number)
+        weights = weights[weights > 0].astype(np.float64)
+        smallest, largest = min(smallest, weights.min()), max(largest, weights.max())
+        total, count = total + weights.sum(), count + len(weights)
+    return float(smallest), float(largest), float(total / count)
 
 
 def _slices(conversations: Conversations) -> Iterator[np.ndarray]:
@@ -116,6 +153,15 @@ def summary(stats: Statistics, seq_length: int) -> list[tuple[str, str]]:
         ("packed rows", f"{stats.packed_rows:,} of {seq_length:,} positions an epoch"),
         ("packing", f"{stats.efficiency:.2%} filled; one a row {stats.padded_efficiency:.2%}"),
     ]
+    ends, written = stats.end_tokens, stats.written_tokens
+    lines.append(("of these", f"{ends:,} end a turn, {written:,} the template wrote"))
+    if stats.weights is not None:
+        low, high, mean = stats.weights
+        lines.append(("weights", f"{low:g} to {high:g}, mean {mean:.4g} of a supervised token"))
+    if stats.zero_weight_rows:
+        lines.append(("weight 0", f"{stats.zero_weight_rows:,} rows left out"))
+    for name, (size, drawn) in stats.sources.items():
+        lines.append(("source", f"{name}: {size:,} conversations, {drawn:,} of them an epoch"))
     if stats.per_turn_rows:
         lines.append(("per turn", f"{stats.per_turn_rows:,} rows became a sample for each turn"))
     lines += [(k.replace("_", " "), f"{v:,}") for k, v in stats.overlong.items() if v]

@@ -2,7 +2,7 @@
 
 The tokenising workers start by the dozen and must stay small, so the Jinja environment that chat
 templates expect (sandbox, `tojson`, `raise_exception`, `strftime_now`, `{% generation %}`) is built
-here; tests/data/test_template.py holds its output to transformers' own.
+here; tests/data/test_chat_mask.py holds its output to transformers' own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ Span = tuple[int, int]
 
 _GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 # transformers hands a message's reasoning to templates under these names, whichever the row used.
-_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateError(ValueError):
     """The template refused or failed on a conversation; the message is one line."""
+
+
+class TemplateDateError(ValueError):
+    """The template prints today's date and none is fixed: no conversation's fault."""
 
 
 class _GenerationMarks(jinja2.ext.Extension):
@@ -116,16 +120,25 @@ class ChatTemplate:
         self._names = {**environment.globals, "documents": None, **variables}
         try:
             self._compiled = {n: environment.from_string(s) for n, s in templates.items()}
-        except jinja2.TemplateSyntaxError as error:
+        except (
+            Exception
+        ) as error:  # Python's own compiler has limits too: SyntaxError, RecursionError
+            line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}; "
+                f"the chat template is not valid Jinja: {line}{_one_line(error)}; "
                 "mend it or give another with --chat-template FILE"
             ) from None
+        self._sources = " ".join(templates.values())
         self.has_marks = all(_GENERATION_TAG.search(s) for s in templates.values())
+
+    def mentions(self, name: str) -> bool:
+        """Whether the template's source reads a key of this name from something."""
+        escaped = re.escape(name)
+        return bool(re.search(rf"""\.\s*{escaped}\b|['"]{escaped}['"]""", self._sources))
 
     def _strftime_now(self, pattern: str) -> str:
         if self._date is None:
-            raise ValueError(
+            raise TemplateDateError(
                 "the chat template prints today's date, so that the same data would give other "
                 "tokens tomorrow; fix the date with --template-date YYYY-MM-DD, or give the "
                 "template's own variable with --chat-template-args '{\"date_string\": ...}'"
@@ -176,9 +189,13 @@ class ChatTemplate:
             }
             context = template.new_context(names, shared=True)
             return "".join(template.root_render_func(context))
+        except TemplateDateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses it: {_one_line(error)}") from None
-        except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (
+            Exception
+        ) as error:  # a template is a program: whatever it meets in a row is possible
             raise TemplateError(
                 f"the chat template fails on it: {type(error).__name__}: {_one_line(error)}"
             ) from None
@@ -191,7 +208,7 @@ def has_marks(text: str) -> bool:
 
 def alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Gives the message's reasoning under the names that templates read."""
-    for name in _REASONING_NAMES:
+    for name in REASONING_NAMES:
         if message.get(name) is not None:
             reasoning = message[name]
             return {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -199,4 +216,6 @@ def alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    message = error.message if isinstance(error, jinja2.TemplateSyntaxError) else str(error)
+    text = " ".join((message or type(error).__name__).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dft.data.batches import RowBatch, Unreadable
 from megatron_dft.data.chat_mask import Rendered
-from megatron_dft.data.encode import ChatEncoder
-from megatron_dft.data.readers import RowBatch, Unreadable
-from megatron_dft.data.schema import RowError, parse_row
+from megatron_dft.data.conversation import Conversation, RowError
+from megatron_dft.data.encode import ChatEncoder, Encoded
+from megatron_dft.data.row_values import shown
+from megatron_dft.data.schema import NothingToTrain, parse_row
 from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import Block
 
@@ -23,6 +25,10 @@ _ENCODE_BATCH = 256
 
 # In a store's counts: how many rows were bad for a reason, its numbers and quotations left out.
 REASON = "bad_rows: "
+# Likewise of rows that train, for what is said of them once.
+NOTE = "note: "
+ZERO_WEIGHT = "rows of weight 0"
+_MOST_NOTES = 50
 _SPECIFIC = re.compile(r"'[^']*'|\d+|\[[^]]*\]|U\+[0-9A-F]+|0x[0-9a-f]+")
 
 
@@ -50,40 +56,70 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
     for number, raw in zip(batch.numbers, batch.rows, strict=True):
         try:
-            row = decode_row(raw)
-            texts = encoder.render(parse_row(row, data_format))
+            conversation = parse_row(decode_row(raw), data_format)
+            texts = encoder.render(conversation)
+        except NothingToTrain:
+            _count(counts, ZERO_WEIGHT)
+            continue
         except RowError as error:
             bad.append(BadRow(batch.file, number, str(error)))
             continue
+        except RecursionError:
+            bad.append(BadRow(batch.file, number, "its values are nested too deep"))
+            continue
         counts["per_turn_rows"] += len(texts) > 1
+        if conversation.notes or conversation.unread:
+            _count_notes(counts, conversation, encoder)
         rendered.extend(texts)
         numbers.extend([number] * len(texts))
-    pieces: list[np.ndarray] = []
+    pieces: list[Encoded] = []
     for start in range(0, len(rendered), _ENCODE_BATCH):
-        pieces.extend(encoder.encode(rendered[start : start + _ENCODE_BATCH]))
+        pieces.extend(encoder.encode_weighted(rendered[start : start + _ENCODE_BATCH]))
     kept, kept_numbers = [], []
     for number, piece in zip(numbers, pieces, strict=True):
         # The first token is never predicted, so one token alone has nothing to learn from.
-        if len(piece) >= 2 and bool((piece[1:] & SUPERVISED).any()):
+        if len(piece.flagged) >= 2 and bool((piece.flagged[1:] & SUPERVISED).any()):
             kept.append(piece)
             kept_numbers.append(number)
         else:
             bad.append(BadRow(batch.file, number, "its assistant turns hold no token"))
     bad.sort(key=lambda b: b.number)
-    tokens = np.concatenate([np.empty(0, dtype=np.uint32), *kept])
     counts["bad_rows"] = len(bad)
     for row in bad:
-        kind = REASON + _SPECIFIC.sub("…", row.reason)
-        counts[kind] = counts.get(kind, 0) + 1
+        _count(counts, REASON + reason_kind(row.reason))
+    return Result(_block(batch.file, kept, kept_numbers, counts), bad)
+
+
+def _block(file: int, kept: list[Encoded], numbers: list[int], counts: dict[str, int]) -> Block:
+    tokens = np.concatenate([np.empty(0, dtype=np.uint32), *(k.flagged for k in kept)])
     counts["supervised_tokens"] = int(np.count_nonzero(tokens & SUPERVISED))
-    block = Block(
+    weights = None
+    if any(k.weights is not None for k in kept):
+        weights = np.concatenate(
+            [np.zeros(len(k.flagged), np.float32) if k.weights is None else k.weights for k in kept]
+        )
+    return Block(
         tokens=tokens,
-        lengths=np.array([len(k) for k in kept], dtype=np.int64),
-        rows=np.array(kept_numbers, dtype=np.int64),
-        files=np.full(len(kept), batch.file, dtype=np.int32),
+        lengths=np.array([len(k.flagged) for k in kept], dtype=np.int64),
+        rows=np.array(numbers, dtype=np.int64),
+        files=np.full(len(kept), file, dtype=np.int32),
         counts=counts,
+        weights=weights,
     )
-    return Result(block, bad)
+
+
+def _count(counts: dict[str, int], name: str) -> None:
+    counts[name] = counts.get(name, 0) + 1
+
+
+def _count_notes(counts: dict[str, int], conversation: Conversation, encoder: ChatEncoder) -> None:
+    """Counts the rows of each note, a bounded number of different ones."""
+    template = encoder.renderer.template
+    unread = [f"key {shown(k)} of messages is not read" for k in conversation.unread
+              if not template.mentions(k)]  # fmt: skip
+    for note in (*conversation.notes, *unread):
+        known = NOTE + note in counts or sum(k.startswith(NOTE) for k in counts) < _MOST_NOTES
+        _count(counts, NOTE + note if known else NOTE + "other keys and columns are not read")
 
 
 def decode_row(raw: Any) -> Any:
@@ -103,10 +139,17 @@ def decode_row(raw: Any) -> Any:
         raise RowError(f"not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise RowError("JSON nested too deep") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise error if isinstance(error, RowError) else RowError(f"not JSON: {error}") from None
 
 
 def _refuse_constant(name: str) -> Any:
     raise RowError(f"it holds {name}, which is not JSON")
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without what is one row's own."""
+    return _SPECIFIC.sub("…", reason)
 
 
 def describe(paths: Sequence[str], bad: BadRow) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_dft.data.sentencepiece_model import load_sentencepiece
 from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.tokenizer_backend import check_backend
 
 
 def load_tokenizer(
@@ -39,7 +40,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path_or_name), revision=revision, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged files raise whatever their reader meets
             raise ValueError(
                 f"tokenizer {str(path_or_name)!r} cannot be loaded: {_first_line(error)}; give a "
                 "directory with tokenizer.json, a sentencepiece .model file, or a hub name"
@@ -49,6 +50,8 @@ def load_tokenizer(
             f"tokenizer {str(path_or_name)!r} is {type(tokenizer).__name__}, which has no fast "
             "implementation; exact masks need one: convert it to tokenizer.json"
         )
+    if path.suffix != ".model":
+        check_backend(tokenizer, path)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
     if not tokenizer.chat_template:
@@ -65,6 +68,7 @@ def encoder_spec(
     template_args: Mapping[str, Any] | None = None,
     template_date: str | None = None,
     rewrites: str = "per-turn",
+    drops: str = "refuse",
 ) -> EncoderSpec:
     """What the tokenising workers need of a transformers fast tokenizer.
 
@@ -89,6 +93,7 @@ def encoder_spec(
         variables=variables,
         date=template_date,
         rewrites=rewrites,
+        drops=drops,
     )
 
 
@@ -103,10 +108,13 @@ def _bare(tokenizer_json: str) -> str:
     return json.dumps(layout, ensure_ascii=False)
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills unused positions. Masks never look at it, so it may be eos's."""
+def pad_token_id(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """The id that fills unused positions. Masks never look at it, so it may be eos's.
+
+    vocab_size: rows of the embedding, where a pad token that was added later has none.
+    """
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
+        if value is not None and (vocab_size is None or int(value) < vocab_size):
             return int(value)
     return 0
 

@@ -19,8 +19,8 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from megatron_dft.data.batches import RowBatch
 from megatron_dft.data.encode import ChatEncoder
-from megatron_dft.data.readers import RowBatch
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tokenize_rows import Result, tokenize_batch
 

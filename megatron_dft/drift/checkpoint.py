@@ -1,32 +1,14 @@
 """What a drift report needs of a checkpoint: names, shapes and any run of a tensor's elements."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from megatron_dft.storage.files import read_json_object
+from megatron_dft.storage.tensor_info import TensorInfo
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape (global, never a shard's) and stored dtype of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class TensorReader(Protocol):
@@ -53,13 +35,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, expected a JSON object")
-    return config
+    return read_json_object(file)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -69,7 +45,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tracker file then names the iteration). Raises ValueError (one line) for anything else.
     """
     from megatron_dft.drift.safetensors_reader import SafetensorsCheckpoint
-    from megatron_dft.drift.torch_dist_reader import TorchDistCheckpoint, iteration_directory
+    from megatron_dft.drift.torch_dist_reader import TorchDistCheckpoint, iteration_of
 
     path = Path(path)
     if not path.is_dir():
@@ -77,7 +53,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is not a directory; give a Hugging Face model directory (config.json and "
             "*.safetensors) or a torch_dist checkpoint"
         )
-    iteration = iteration_directory(path)
+    iteration = iteration_of(path)
     if iteration is not None:
         return TorchDistCheckpoint(iteration)
     return SafetensorsCheckpoint(path)

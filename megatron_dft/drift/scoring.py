@@ -39,15 +39,12 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
 
     Raises ValueError (one line) where `path` holds no such model.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = _built(str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
@@ -55,6 +52,31 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
             "directory with config.json and *.safetensors"
         ) from None
     return model.to(device).eval()
+
+
+def _built(path: str, **how: Any) -> Any:
+    """The model with attention of torch's or transformers' own.
+
+    Left to itself, transformers takes what config.json names: kernels of a hub, fetched and run.
+    The argument alone is not enough, an `_attn_implementation` of the file goes before it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+    def load(attention: str) -> Any:
+        config._attn_implementation = attention
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, attn_implementation=attention, **how
+        )
+
+    try:
+        return load("sdpa")
+    except ValueError as error:
+        # Said before a weight is read: soft-capped scores (Gemma 2) are no part of torch's.
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return load("eager")
 
 
 def windows(sequences: Sequences, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,96 +1,49 @@
 """Megatron's torch_dist checkpoints, read without Megatron, a process group or open unpickling.
 
-A torch_dist directory (torch.distributed.checkpoint) has a pickled `.metadata`, which says where
-each shard of each tensor lies, and `*.distcp` files of concatenated torch.save blobs. The pickle is
-read by an unpickler that builds the classes of that table and an inert stand-in for any other, the
-blobs by `shard.locate`, which builds none: a hostile file cannot run code.
+The table that says where each shard lies is read by storage/torch_dist.py, the shards themselves
+(concatenated torch.save blobs) by storage/shard.py: a hostile file cannot run code.
 """
 
 import io
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_dft.drift.checkpoint import TensorInfo
 from megatron_dft.storage.pread import fill
 from megatron_dft.storage.shard import locate
+from megatron_dft.storage.tensor_info import TensorInfo
+from megatron_dft.storage.torch_dist import (
+    TABLE,
+    iteration_directory,
+    read_table,
+    read_tracker,
+    tiles,
+)
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...], Any]  # offsets, sizes, place in a file
 
 # Not part of the model: optimizer, scheduler and bookkeeping entries of a training checkpoint.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
 
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-}
 
-
-class _Inert:
-    """Takes the place of every class that the table of shards does not need (save plans, say)."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        return (
-            super().find_class(module, name) if (module, name) in _ALLOWED or is_dtype else _Inert
-        )
-
-
-def iteration_directory(path: Path) -> Path | None:
+def iteration_of(path: Path) -> Path | None:
     """`path` or the iteration its tracker file names, where that is torch_dist; None otherwise."""
-    if (path / ".metadata").is_file():
+    if (path / TABLE).is_file():
         return path
-    tracker = path / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
+    iteration = read_tracker(path)
+    if iteration is None:
         return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else None
-    if name is None:
-        raise ValueError(f"{tracker} holds {text[:40]!r}, expected an iteration number")
-    if not (path / name / ".metadata").is_file():
+    found = iteration_directory(path, iteration)
+    if not (found / TABLE).is_file():
         raise ValueError(
-            f"{path / name} is no torch_dist checkpoint; drift reads Hugging Face directories and "
+            f"{found} is no torch_dist checkpoint; drift reads Hugging Face directories and "
             "--ckpt-format torch_dist"
         )
-    return path / name
+    return found
 
 
 class TorchDistCheckpoint:
@@ -98,15 +51,8 @@ class TorchDistCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with (path / ".metadata").open("rb") as handle:
-                metadata = _MetadataUnpickler(handle).load()
-            if not isinstance(metadata, Metadata):
-                raise ValueError(f"it holds no {Metadata.__name__}")
-            entries, storage = metadata.state_dict_metadata, metadata.storage_data
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{path / '.metadata'} is not torch_dist metadata: {reason}") from None
+        table = read_table(path)
+        entries, storage = table.state_dict_metadata, table.storage_data
         self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         places = {(i.fqn, tuple(i.offset or ())): info for i, info in storage.items()}
@@ -123,17 +69,18 @@ class TorchDistCheckpoint:
                     )
                 self._check(name, place)
                 chunks.append((tuple(chunk.offsets), tuple(chunk.sizes), place))
-            covered = sum(TensorInfo(sizes, info.dtype).numel for _, sizes, _ in chunks)
-            if covered != info.numel:
+            if not tiles(info.shape, [(offsets, sizes) for offsets, sizes, _ in chunks]):
+                covered = sum(math.prod(sizes) for _, sizes, _ in chunks)
                 raise ValueError(
-                    f"{path}: the shards of {name} hold {covered} of {info.numel} items"
+                    f"{path}: the shards of {name} hold {covered} of {info.numel} items, or "
+                    "overlap; copy the checkpoint again"
                 )
             self.tensors[name] = info
             self._chunks[name] = chunks
 
     def _check(self, name: str, place: Any) -> None:
         file = self.path / place.relative_path
-        if Path(place.relative_path).name != str(place.relative_path) or not file.is_file():
+        if not file.is_file():
             raise ValueError(f"{self.path}: {name} lies in {place.relative_path}, which is missing")
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{file} is compressed, which drift does not read; save it plainly")

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.schema import FORMATS
-from megatron_dft.data.spec import REWRITES
+from megatron_dft.data.spec import DROPS, REWRITES
 
 DEFAULT_MAX_BAD_ROWS = 0.001
 
@@ -28,7 +28,9 @@ def add_arguments(group: Any) -> None:
         default=None,
         help="training conversations: .jsonl(.gz|.zst) or .parquet files, directories of them, data"
         " sets that `datasets` saved, or hub names (org/name or org/name@split); with weights "
-        "(0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these proportions",
+        "(0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these proportions, with "
+        "cap=1000:a.jsonl at most so many of an item, with epochs=2:b.parquet each of them so many "
+        "times; 0.7,cap=1000:a.jsonl is both",
     )
     add(
         "--valid-data",
@@ -36,6 +38,15 @@ def add_arguments(group: Any) -> None:
         metavar="PATH",
         default=None,
         help="conversations to evaluate on, each once per evaluation, in file order",
+    )
+    add(
+        "--valid-share",
+        type=_valid_share,
+        default=0.0,
+        metavar="F",
+        help="in place of --valid-data: hold out this share of the rows of each item of "
+        "--train-data and evaluate on them; rows are chosen by their content, so that every run "
+        "with the same data holds out the same, and copies of a row stay together",
     )
     add(
         "--data-format",
@@ -72,6 +83,13 @@ def add_arguments(group: Any) -> None:
         default="per-turn",
         help="where a template rewrites earlier turns when later ones follow (Qwen3 drops their "
         "reasoning): make each assistant turn a sample of its own, or refuse the data",
+    )
+    add(
+        "--chat-drops",
+        choices=DROPS,
+        default="refuse",
+        help="rows with a part that the template prints nowhere (a developer message, reasoning, "
+        "tool calls): refuse them, or train without that part and say so",
     )
     add(
         "--overlong",
@@ -125,10 +143,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--train-data: expected at least one file of conversations, got none; name one"
         )
-    if args.eval_iters and not args.valid_data:
+    if args.eval_iters and not args.valid_data and not args.valid_share:
         raise ValueError(
             f"--eval-iters {args.eval_iters}: needs --valid-data, "
-            "got none; give it or drop the flag"
+            "got none; give it (or --valid-share) or drop the flag"
         )
 
 
@@ -148,6 +166,16 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
             f"--max-bad-rows {args.max_bad_rows:g} has no meaning with --data-errors strict, which "
             "allows none; give --data-errors skip, or drop it"
         )
+    if args.valid_share and args.valid_data:
+        raise ValueError(
+            f"--valid-share {args.valid_share:g} holds out a part of --train-data, and "
+            "--valid-data is given too; keep one of them"
+        )
+    if args.valid_share and not args.train_data:
+        raise ValueError(
+            f"--valid-share {args.valid_share:g} holds out a part of --train-data, and none is "
+            "given; give it"
+        )
     return dict(
         packing=not args.no_packing,
         overlong=args.overlong,
@@ -158,6 +186,8 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         template_args=args.chat_template_args,
         template_date=args.template_date,
         rewrites=args.chat_rewrites,
+        drops=args.chat_drops,
+        valid_share=args.valid_share,
         workers=args.data_workers,
     )
 
@@ -177,6 +207,16 @@ def _template_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected YYYY-MM-DD, got {text!r}") from None
+
+
+def _valid_share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to below 1, got {text!r}")
+    return value
 
 
 def _max_bad_rows(text: str) -> float:

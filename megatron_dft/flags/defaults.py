@@ -69,12 +69,24 @@ def wants_cpu(device: str) -> bool:
     return device == "cpu" or not present
 
 
-def gpu_defaults() -> dict[str, Any]:
-    """What Megatron would assert on where transformer-engine or NVIDIA apex is not installed."""
-    defaults: dict[str, Any] = {}
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    if not has_te:
-        defaults.update(transformer_impl="local", no_persist_layer_norm=True)
-    if not has_te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        defaults["gradient_accumulation_fusion"] = False
-    return defaults
+# What Transformer Engine brings and Megatron's own layers lack, where it is on by default.
+WITHOUT_TE: dict[str, Any] = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+}
+
+
+def has_transformer_engine() -> bool:
+    """Whether transformer-engine can be imported; the CPU runtime hides it."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def gpu_defaults(transformer_impl: str | None = None) -> dict[str, Any]:
+    """What Megatron's own layers would fail on, where they are taken; {} with transformer-engine.
+
+    transformer_impl: as given on the command line. NVIDIA apex decides nothing: what Megatron
+    wants of it compat/wgrad_fusion.py does, and compat/torch_norm.py does without.
+    """
+    return {} if has_transformer_engine() and transformer_impl != "local" else dict(WITHOUT_TE)

@@ -1,6 +1,7 @@
 """Megatron's own settings that a run here refuses, beside those under which exp(−CE) is not p."""
 
 import argparse
+from typing import Any
 
 from megatron_dft.hf.layout import check_layout
 from megatron_dft.hf.source import HFCheckpoint
@@ -24,17 +25,48 @@ _REFUSED: dict[str, Refusal] = {
     ),
     "cuda_graph_impl": Refusal(
         lambda value: value not in (None, "none"),
-        "has not been proven here",
+        "replays a layer with what it was captured with, and has not been run on packed rows "
+        "(transformer_engine's takes none)",
         "use --cuda-graph-impl none",
     ),
     "perform_rl_step": Refusal(bool, "is for reinforcement learning", "use stock Megatron-LM"),
     "use_torch_fsdp2": Refusal(bool, "has not been proven here", "use --use-distributed-optimizer"),
     "use_megatron_fsdp": Refusal(
-        bool, "has not been proven here", "use --use-distributed-optimizer"
+        bool,
+        "shards parameters as DTensors, which no torch_dist checkpoint holds and no Hugging Face "
+        "weight is written into",
+        "use --use-distributed-optimizer",
+    ),
+    "transformer_impl": Refusal(
+        lambda value: value == "inference_optimized", "is for inference", "drop the flag"
+    ),
+    "moe_router_load_balancing_type": Refusal(
+        lambda value: "quantile_balancing" in (value or ()),
+        "quantile_balancing counts padding as tokens",
+        "choose aux_loss",
+    ),
+    "fp8_param_gather": Refusal(
+        bool,
+        "takes the optimizer's fp32 weights from before Hugging Face's are read "
+        "(get_high_precision_init_val), which are uninitialised memory",
+    ),
+    "fp8_output_proj": Refusal(
+        bool, "computes the logits in a layer that has not been proven here"
+    ),
+    "defer_embedding_wgrad_compute": Refusal(
+        bool, "keeps activations of the output layer, which evaluation and frozen models fill too"
     ),
     "dataloader_inter_document_masking": Refusal(bool, "is decided by --train-data"),
     "phase_transition_iterations": Refusal(given, "has not been proven here"),
 }
+
+
+def has_router_loss(args: Any) -> bool:
+    """Whether the flags give a router's losses (load balancing, z) a weight."""
+    coefficients = args.moe_aux_loss_coeff
+    if not isinstance(coefficients, list | tuple):
+        coefficients = [coefficients]
+    return any(coefficients) or args.moe_z_loss_coeff is not None
 
 
 def refuse_settings(args: argparse.Namespace, objective: Objective) -> None:

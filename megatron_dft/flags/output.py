@@ -1,9 +1,12 @@
 """Flags of what a run leaves behind: Hugging Face exports, checkpoints, the progress line."""
 
 import argparse
+import os
 from pathlib import Path
 
+from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.dtypes import WORDS, dtype_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--save-hf-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        type=dtype_word,
+        choices=tuple(WORDS),
         help="dtype of the written weights; default: that of the base checkpoint",
     )
     group.add_argument(
@@ -56,6 +60,25 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
     target = Path(args.save_hf)
     if checkpoint is not None and target.resolve() == checkpoint.path.resolve():
         raise ValueError(f"--save-hf: {target} is the base model itself; choose another directory")
+    if checkpoint is not None:
+        companions.check(checkpoint)
+    refuse_filled(args)
+
+
+def follow_links(args: argparse.Namespace) -> None:
+    """Follow a link given for --save, --load or --save-hf, once; changes `args`.
+
+    What is written, renamed and deleted stands where it leads, also where that does not exist yet.
+    """
+    for name in ("save", "load", "save_hf"):
+        given = getattr(args, name)
+        if given is not None and os.path.islink(given.rstrip("/")):
+            setattr(args, name, os.path.realpath(given))
+
+
+def refuse_filled(args: argparse.Namespace) -> None:
+    """Raise ValueError where --save-hf holds something that may not be replaced."""
+    target = Path(args.save_hf)
     if target.exists() and any(target.iterdir()) and not args.overwrite:
         raise ValueError(
             f"--save-hf: {target} exists and is not empty; choose another directory or add "

@@ -19,6 +19,7 @@ from megatron_dft.flags import (
     batch,
     data,
     defaults,
+    device,
     lens,
     megatron,
     model,
@@ -26,6 +27,7 @@ from megatron_dft.flags import (
     output,
     quantize,
     recovery,
+    schedule,
     scores,
 )
 from megatron_dft.flags.settings import Settings, set_settings
@@ -49,7 +51,7 @@ def add_arguments(
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
     """
-    _define(parser, scoring)
+    define(parser, scoring)
     mend_help(parser)
     if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
         parser.print_help()
@@ -58,8 +60,9 @@ def add_arguments(
     return parser
 
 
-def _define(parser: argparse.ArgumentParser, scoring: bool) -> None:
-    for subject in (model, objective, scores, lens, output, quantize, recovery):
+def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
+    """Add our flags, one group a subject; nothing is parsed or checked."""
+    for subject in (model, device, objective, scores, lens, output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))
     if scoring:
@@ -98,7 +101,11 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
         # Every weight is read from the files, but those of multi-token prediction heads.
         chosen["perform_initialization"] = bool(given.get("mtp_num_layers"))
     # The device was chosen before Megatron was imported; torch now answers as that device would.
-    chosen.update(defaults.CPU_DEFAULTS if runtime.is_active() else defaults.gpu_defaults())
+    chosen.update(
+        defaults.CPU_DEFAULTS
+        if runtime.is_active()
+        else defaults.gpu_defaults(given.get("transformer_impl"))
+    )
     # set_defaults accepts any name: one that this release does not know would be lost in silence.
     known = {action.dest for action in parser._actions}
     assert chosen.keys() <= known, f"no such Megatron flags: {sorted(chosen.keys() - known)}"
@@ -122,6 +129,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             vocab_size,
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
+            full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
         )
     )
 
@@ -129,9 +137,11 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
 def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Objective) -> None:
     """Every refusal that needs no validation by Megatron (recovery.check does)."""
     megatron.refuse_settings(args, asked)
+    device.check(args, runtime.is_active())
     objective.check(args, asked)
     model.check(args, checkpoint, runtime.is_active())
     data.check(args)
+    schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)
     output.check(args, checkpoint)

@@ -15,6 +15,7 @@ class Settings:
     vocab_size            the model's own, without Megatron's padding; None: as padded
     reference_checkpoint  the base that a frozen model is made of; None: nothing is compared, or
                           stored scores serve
+    full_weight           bits of the rows' token_kinds: tokens of these kinds take weight 1
     reference_scores      directory of a reference's stored log-probabilities, which the training
                           rows then carry
     """
@@ -24,6 +25,7 @@ class Settings:
     vocab_size: int | None
     reference_checkpoint: HFCheckpoint | None = None
     reference_scores: str | None = None
+    full_weight: int = 0
 
 
 _settings: Settings | None = None

@@ -10,11 +10,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.compat import safe_load
 from megatron_dft.hf import directory
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.compare import compare_bytes
 from megatron_dft.hf.consumption import check_finite
 from megatron_dft.hf.families import FAMILIES, REFUSED, family_of
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
+from megatron_dft.storage.files import flush
 from megatron_dft.storage.safetensors import Reader
 
 CHOICES = ("auto", "table", "megatron-bridge")
@@ -75,6 +78,7 @@ def check_training(wanted: str, checkpoint: HFCheckpoint) -> None:
 
 
 def _auto_bridge() -> Any:
+    safe_load.install()  # it reads torch_dist through Megatron
     try:
         return importlib.import_module("megatron.bridge").AutoBridge
     except Exception as error:  # it imports transformer-engine and half of the ecosystem
@@ -93,7 +97,7 @@ def import_checkpoint(
     Every tensor is checked to be finite before, and after to come back from what was written, byte
     for byte and none missing or extra. Raises ValueError, and then nothing is left at `out_dir`.
     """
-    auto_bridge, out = _auto_bridge(), Path(out_dir).absolute()
+    auto_bridge, out = _auto_bridge(), directory.target(out_dir)
     check_all_finite(checkpoint)
     staging = directory.start(checkpoint, out, overwrite)
     trust = {"trust_remote_code": trust_remote_code}
@@ -102,7 +106,8 @@ def import_checkpoint(
     back = staging / "back"
     bridge.export_ckpt(str(staging / "model"), str(back), show_progress=False)
     compare_bytes(checkpoint, open_checkpoint(back, trust_remote_code=trust_remote_code))
-    directory.flush((staging / "model").rglob("*.distcp"))
+    for file in (staging / "model").rglob("*.distcp"):
+        flush(file)
     directory.publish(staging / "model", out)
     directory.discard(staging)
     return out
@@ -116,12 +121,13 @@ def export_checkpoint(
     overwrite: bool,
     trust_remote_code: bool,
     card: str | None,
+    chat: TrainedChat | None = None,
 ) -> Path:
     """Write what `import_checkpoint` made, trained since, as a Hugging Face directory.
 
     Raises ValueError when a tensor of the base model is missing, has another shape or holds NaN.
     """
-    auto_bridge, out = _auto_bridge(), Path(out_dir).absolute()
+    auto_bridge, out = _auto_bridge(), directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
     bridge = auto_bridge.from_hf_pretrained(
         str(checkpoint.path), trust_remote_code=trust_remote_code
@@ -130,8 +136,9 @@ def export_checkpoint(
     written = open_checkpoint(staging, trust_remote_code=trust_remote_code)
     check_all_finite(written)
     files = sorted({info.file.name for info in written.tensors.values()})
-    directory.flush(staging / file for file in files)
-    directory.finish(checkpoint, staging, out, files, dtype=None, card=card)
+    for file in files:
+        flush(staging / file)
+    directory.finish(checkpoint, staging, out, files, dtype=None, card=card, chat=chat)
     return out
 
 

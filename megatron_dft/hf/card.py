@@ -5,8 +5,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_dft.hf import links
+from megatron_dft.hf.markdown import block, code, plain, yaml
+from megatron_dft.hf.secrets import masked_text
 from megatron_dft.hf.source import HFCheckpoint
 
+_README_BYTES = 1 << 20  # a model's card has some kilobytes
 _PACKAGES = ("megatron-dft", "megatron-core", "torch", "transformers")
 
 
@@ -25,20 +29,20 @@ def model_card(
     parameters  training settings worth repeating (learning rate, batch, steps, layout)
     data        file or data-set name -> SHA-256 of its bytes
     metrics     final figures by the name they have in the log
-    command     the command line that trained it
+    command     the command line that trained it, its secrets masked (secrets.masked_line)
     """
     base = checkpoint.name
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and checkpoint.revision
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if is_hub_name:
-        front.append(f"base_model: {base}")
-    license_line = _license(checkpoint)
-    if license_line:
-        front.append(license_line)
-    front.append(f"tags:\n- megatron-dft\n- {objective}")
-    origin = f"`{base}`" + (f" at commit `{checkpoint.revision}`" if checkpoint.revision else "")
+        front.append(f"base_model: {yaml(base)}")
+    license_name = _license(checkpoint)
+    if license_name:
+        front.append(f"license: {yaml(license_name)}")
+    front.append(f"tags:\n- megatron-dft\n- {yaml(objective)}")
+    origin = code(base) + (f" at commit {code(checkpoint.revision)}" if checkpoint.revision else "")
     lines = ["---", *front, "---", "", "# Fine-tuned model", ""]
-    lines.append(f"Fine-tuned from {origin} with the objective `{objective}` by megatron-dft.")
+    lines.append(f"Fine-tuned from {origin} with the objective {code(objective)} by megatron-dft.")
     if objective == "dft":
         lines.append(
             "Dynamic Fine-Tuning weighs each token's negative log-likelihood with the token's own "
@@ -55,13 +59,13 @@ def model_card(
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
             lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items()]
     if command:
-        lines += ["", "## Command", "", "```", command, "```"]
+        lines += ["", "## Command", "", block(command)]
     return "\n".join(lines) + "\n"
 
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return plain(masked_text(text))
 
 
 def _version(package: str) -> str | None:
@@ -74,7 +78,18 @@ def _version(package: str) -> str | None:
 def _license(checkpoint: HFCheckpoint) -> str | None:
     """The base model's licence as its own card states it; a derivative is bound by it."""
     readme = checkpoint.path / "README.md"
-    if not readme.is_file():
+    try:
+        # A link out of the model is not followed; an unreadable card costs no export.
+        links.check(checkpoint.path, readme)
+        text = readme.read_bytes()[:_README_BYTES].decode("utf-8-sig", "replace")
+    except (OSError, ValueError):
         return None
-    match = re.search(r"^license: *(\S+)$", readme.read_text(encoding="utf-8"), re.MULTILINE)
-    return f"license: {match[1]}" if match else None
+    head = re.match(r"---[ \t]*\r?\n(.*?\n)---", text, re.DOTALL)
+    found = head and re.search(r"^license:[ \t]*([^\r\n]+)", head[1], re.MULTILINE)
+    return _unquoted(found[1]) if found else None
+
+
+def _unquoted(text: str) -> str:
+    """A YAML scalar of one line; no part of YAML that could name objects is read."""
+    text = re.sub(r"\s+#.*$", "", text.strip())
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text

@@ -6,9 +6,11 @@ have had to type. Reads `HFCheckpoint.settings`, where transformers has filled i
 
 from typing import Any
 
+from megatron_dft.hf.config_check import check_settings
 from megatron_dft.hf.families import family_of
 from megatron_dft.hf.families.base import OwnLayers, expect, refuse
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.hf.tensor_check import check_tensors
 
 # Arguments about training, not about the architecture: an explicit flag of the user wins here,
 # while one that contradicts any other argument is an error.
@@ -34,12 +36,14 @@ _LLAMA3_FIXED = {
 def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     """Megatron argument destination -> value for `checkpoint`; see `apply_to_model_config` as well.
 
-    Raises ValueError naming the architecture or the setting that Megatron 0.19 cannot represent.
+    Raises ValueError naming the architecture or the setting that Megatron 0.19 cannot represent, or
+    that the tensors contradict.
 
     >>> megatron_args(open_checkpoint("Qwen/Qwen2.5-0.5B"))["add_qkv_bias"]  # doctest: +SKIP
     True
     """
     family = family_of(checkpoint)
+    check_settings(checkpoint)
     c = checkpoint.settings
     expect(checkpoint, "hidden_act", family.activation, "the architecture's own")
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
@@ -67,7 +71,9 @@ def megatron_args(checkpoint: HFCheckpoint) -> dict[str, Any]:
     own = family.arguments(checkpoint)
     if not {"rope_type", "rotary_base"} & own.keys():  # the family knows its own
         arguments |= _rope(checkpoint)
-    return arguments | _window(checkpoint) | own
+    arguments |= _window(checkpoint) | own
+    check_tensors(checkpoint, family, arguments)
+    return arguments
 
 
 def apply_to_model_config(model_config: Any, checkpoint: HFCheckpoint) -> None:

@@ -12,14 +12,22 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_dft.hf import directory, skeleton
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.consumption import check_shapes
 from megatron_dft.hf.convert_import import Progress
 from megatron_dft.hf.export import MAX_FILE_BYTES, file_names, plan_files
 from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.hf.torch_dist import TRACKER, Chunk, TorchDistReader
+from megatron_dft.hf.torch_dist import Chunk, TorchDistReader
 from megatron_dft.storage.overlap import ahead
-from megatron_dft.storage.safetensors import Writer
+from megatron_dft.storage.safetensors_writer import Writer
+from megatron_dft.storage.torch_dist import (
+    CONFIG,
+    TRACKER,
+    backend,
+    iteration_directory,
+    read_tracker,
+)
 
 
 def find_iteration(checkpoint_dir: str | Path) -> Path:
@@ -29,18 +37,15 @@ def find_iteration(checkpoint_dir: str | Path) -> Path:
     """
     root = Path(checkpoint_dir)
     found = root
-    if not (root / "metadata.json").is_file():
-        if not (root / TRACKER).is_file():
+    if not (root / CONFIG).is_file():
+        iteration = read_tracker(root)
+        if iteration is None:
             raise ValueError(
-                f"{root}: no Megatron checkpoint (no {TRACKER}, no metadata.json); give what was "
-                "passed to --save"
+                f"{root}: no Megatron checkpoint (no {TRACKER}, no {CONFIG}); give what was passed "
+                "to --save"
             )
-        text = (root / TRACKER).read_text().strip()
-        if text != "release" and not text.isdigit():
-            raise ValueError(f"{root}/{TRACKER}: expected an iteration or 'release', got {text!r}")
-        found = root / (text if text == "release" else f"iter_{int(text):07d}")
-    config = dist_checkpointing.core.maybe_load_config(str(found))
-    if config is None or config.sharded_backend != "torch_dist":
+        found = iteration_directory(root, iteration)
+    if backend(found) != "torch_dist":
         raise ValueError(
             f"{found}: not in the torch_dist format; save with --ckpt-format torch_dist"
         )
@@ -61,6 +66,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: str | None = None,
+    chat: TrainedChat | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Path:
@@ -70,7 +76,7 @@ def export_checkpoint(
     not fit each other; see `save_hf` for the other arguments and the guarantees.
     """
     source = find_iteration(checkpoint_dir)
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
     reader = TorchDistReader(source)
     with skeleton.single_process():
@@ -99,7 +105,7 @@ def export_checkpoint(
             progress(min(done, total), total)
         for writer in writers:
             writer.close()
-    directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card)
+    directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card, chat=chat)
     return out
 
 

@@ -27,9 +27,10 @@ from megatron_dft.hf.parameters import row_pieces, shards
 from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.hf.stock_flags import megatron_parser
-from megatron_dft.hf.torch_dist import BOX_BYTES, TRACKER, TorchDistWriter
+from megatron_dft.hf.torch_dist import BOX_BYTES, TorchDistWriter
 from megatron_dft.storage.overlap import ahead
 from megatron_dft.storage.safetensors import Reader
+from megatron_dft.storage.torch_dist import RELEASE, TRACKER, iteration_directory
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None]
@@ -47,9 +48,9 @@ def import_checkpoint(
     Tensors keep their dtypes (Megatron converts as it loads). The directory appears complete, by a
     rename. Raises ValueError as `load_hf_weights` does, and when `out_dir` is not empty.
     """
-    out = Path(out_dir).absolute()
+    out = directory.target(out_dir)
     staging = directory.start(checkpoint, out, overwrite)
-    release = staging / "release"
+    release = iteration_directory(staging, RELEASE)
     release.mkdir()
     with skeleton.single_process(), Reader() as reader:
         model = skeleton.build(checkpoint)
@@ -71,7 +72,7 @@ def import_checkpoint(
             writer.write_object(entry.unique_key, entry.data)
         writer.write_object("common_state/shard_0_1", _common_state(checkpoint))
         writer.close()
-    (staging / TRACKER).write_text("release")
+    (staging / TRACKER).write_text(RELEASE)
     directory.publish(staging, out)
     return out
 

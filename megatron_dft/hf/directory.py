@@ -8,45 +8,53 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from megatron_dft.hf import companions, links
 from megatron_dft.hf.source import HFCheckpoint
-from megatron_dft.storage.safetensors import TensorInfo, read_header
+from megatron_dft.storage.files import flush
+from megatron_dft.storage.model_files import INDEX
+from megatron_dft.storage.safetensors import StoredTensor, read_header
 
-INDEX = "model.safetensors.index.json"
 
-# Files of the base model that go with any weights derived from it.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+def target(out_dir: str | Path) -> Path:
+    """Where an export given as `out_dir` stands: a link is followed, not replaced."""
+    return Path(os.path.realpath(out_dir))
 
 
 def staging_path(out_dir: Path) -> Path:
     return out_dir.parent / f".{out_dir.name}.incomplete"
 
 
+def _replaced_path(out_dir: Path) -> Path:
+    return out_dir.parent / f".{out_dir.name}.replaced"
+
+
+def heal(out_dir: Path) -> None:
+    """Undo what a kill between the two renames of `_replace` left: the old directory comes back.
+
+    A kill behind them left the old directory to be deleted.
+    """
+    old = _replaced_path(target(out_dir))
+    if not old.is_dir() or old.is_symlink():
+        return
+    if target(out_dir).exists():
+        shutil.rmtree(old)
+    else:
+        os.rename(old, target(out_dir))
+        flush(old.parent)
+
+
 def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
-    """Make the staging directory, removing what a killed export left there; returns its path.
+    """Make the staging directory, mending what a killed export left there; returns its path.
 
     Raises ValueError when `out_dir` exists with something in it and `overwrite` is off, when it is
-    a file, or when it is the base checkpoint itself.
+    a file, or when it is the base checkpoint itself; and as `companions.check`.
     """
+    companions.check(checkpoint)
+    heal(out_dir)
     if out_dir.exists():
         if not out_dir.is_dir():
             raise ValueError(f"{out_dir}: is a file; name a directory")
@@ -57,7 +65,9 @@ def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
                 f"{out_dir}: exists and is not empty; name another directory or pass --overwrite"
             )
     staging = staging_path(out_dir)
-    if staging.exists():
+    if staging.is_symlink():
+        staging.unlink()
+    elif staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
@@ -71,13 +81,15 @@ def finish(
     *,
     dtype: torch.dtype | None,
     card: str | None,
+    chat: companions.TrainedChat | None = None,
 ) -> None:
     """Check the weight files, add everything else, flush, rename `staging` to `out_dir`.
 
-    files: names of the safetensors files in `staging`, closed and flushed. Raises ValueError when
-    they do not hold every tensor of the base checkpoint in its shape.
+    files: names of the safetensors files in `staging`, closed and flushed. chat: what the answers
+    were trained with; None where nothing was. Raises ValueError when the files do not hold every
+    tensor of the base checkpoint in its shape.
     """
-    written: dict[str, TensorInfo] = {}
+    written: dict[str, StoredTensor] = {}
     for file in files:
         written.update(read_header(staging / file))
     _compare(checkpoint, written)
@@ -87,12 +99,7 @@ def finish(
             "weight_map": {n: t.file.name for n, t in sorted(written.items())},
         }
         (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for source in checkpoint.path.glob(pattern):
-            if source.is_file():
-                shutil.copyfile(source, staging / source.name)
-    if (checkpoint.path / "chat_templates").is_dir():
-        shutil.copytree(checkpoint.path / "chat_templates", staging / "chat_templates")
+    companions.write(checkpoint, staging, chat)
     if card is not None:
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)
@@ -103,21 +110,15 @@ def discard(staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def flush(files: Iterable[Path]) -> None:
-    """Bring weight files that another library wrote to the disk."""
-    for file in files:
-        _flush(file)
-
-
 def publish(staging: Path, out_dir: Path) -> None:
     """Flush all but the weight files (flushed as they were closed) and rename into place."""
     for path in [*staging.rglob("*"), staging]:
         if path.suffix not in (".safetensors", ".distcp"):
-            _flush(path)
+            flush(path)
     _replace(staging, out_dir)
 
 
-def _compare(checkpoint: HFCheckpoint, written: dict[str, TensorInfo]) -> None:
+def _compare(checkpoint: HFCheckpoint, written: dict[str, StoredTensor]) -> None:
     from megatron_dft.hf.families import optional_tensors
 
     optional = optional_tensors(checkpoint)
@@ -134,7 +135,7 @@ def _compare(checkpoint: HFCheckpoint, written: dict[str, TensorInfo]) -> None:
 
 def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | None) -> None:
     if dtype is None:
-        shutil.copyfile(checkpoint.path / "config.json", staging / "config.json")
+        links.copy(checkpoint.path, checkpoint.path / "config.json", staging / "config.json")
         return
     config = dict(checkpoint.config)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix(
@@ -143,26 +144,18 @@ def _write_config(checkpoint: HFCheckpoint, staging: Path, dtype: torch.dtype | 
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _replace(staging: Path, out_dir: Path) -> None:
     if out_dir.exists() and any(out_dir.iterdir()):
         if _exchange(staging, out_dir):
             shutil.rmtree(staging)  # now the old directory
         else:  # a file system without the exchange: for a moment no directory of that name exists
-            old = out_dir.parent / f".{out_dir.name}.replaced"
+            old = _replaced_path(out_dir)
             os.rename(out_dir, old)
             os.rename(staging, out_dir)
             shutil.rmtree(old)
     else:
         os.rename(staging, out_dir)
-    _flush(out_dir.parent)
+    flush(out_dir.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -21,6 +21,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.argument_utils import _apply_yarn_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_dft.compat import safe_load
 from megatron_dft.compat.hooks import wrapped
 from megatron_dft.hf.config import apply_to_model_config, megatron_args
 from megatron_dft.hf.keys import with_te_keys
@@ -36,7 +37,11 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Megatron's process groups with this process alone; nothing is left behind."""
+    """Megatron's process groups with this process alone; nothing is left behind.
+
+    Checkpoints are read by compat/safe_load.py from here on.
+    """
+    safe_load.install()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()

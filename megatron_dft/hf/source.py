@@ -3,18 +3,22 @@
 Nothing of the model is read here but config.json and the headers of the safetensors files.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.safetensors import TensorInfo, read_header
+from megatron_dft.storage.files import read_json_object
+from megatron_dft.storage.model_files import read_directory
+from megatron_dft.storage.safetensors import StoredTensor
 
-_INDEX = "model.safetensors.index.json"
+_MOST_LAYERS = 10_000  # where the files' headers do not say
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_HUB_PATTERNS = [
+    "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class HFCheckpoint:
     name: str
     revision: str | None
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo] = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(repr=False)
 
     @property
     def architecture(self) -> str:
@@ -41,17 +45,28 @@ class HFCheckpoint:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """config.json with all defaults of transformers, rope in its current spelling."""
+        _check_layers(self.path, self.config, len(self.tensors) or _MOST_LAYERS)
         return _resolve(self.path, self.config)
+
+
+def _check_layers(path: Path, config: dict[str, Any], most: int) -> None:
+    """Before transformers makes lists of so many words."""
+    layers = config.get("num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= most:
+        raise ValueError(
+            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most} "
+            f"(there are no more tensors), got {str(layers)[:40]}"
+        )
 
 
 def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{path}/config.json: model_type {model_type!r} is unknown to this transformers; "
-            "expected a causal language model such as 'llama' or 'qwen2'"
+            f"{path}/config.json: model_type {str(model_type)[:40]!r} is unknown to this "
+            "transformers; expected a causal language model such as 'llama' or 'qwen2'"
         )
     try:
         resolved = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
@@ -61,21 +76,15 @@ def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
-
-
-def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
+def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | None]:
     """Download (or find in the cache) a hub repository; returns its directory and the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # a failure is reported once, by the caller
+    patterns = [*_HUB_PATTERNS, "*.py"] if code else _HUB_PATTERNS
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -86,69 +95,24 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
     return path, path.name  # the cache names a snapshot's directory after the commit
 
 
-def _check_config(path: Path, config: Any, trust_remote_code: bool) -> None:
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}/config.json: expected a JSON object")
+def _check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
     if "auto_map" in config and not trust_remote_code:
         raise ValueError(
             f"{path}/config.json asks to run Python code of its own (auto_map); nothing of it was "
             "run. Read that code and pass --trust-remote-code if you trust it"
         )
     architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and len(architectures) == 1):
+    named = isinstance(architectures, list) and len(architectures) == 1
+    if not (named and isinstance(architectures[0], str)):
         raise ValueError(
             f"{path}/config.json: 'architectures' must name one class such as 'LlamaForCausalLM', "
-            f"got {architectures!r}"
+            f"got {str(architectures)[:80]}"
         )
     if config.get("quantization_config"):
         raise ValueError(
             f"{path}: the weights are quantised (quantization_config in config.json); give the "
             "unquantised checkpoint, or dequantise it and remove that entry"
         )
-
-
-def _index(path: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> place, from the index or the single file; see `open_checkpoint` for errors."""
-    if (path / _INDEX).exists():
-        weight_map = _read_json(path / _INDEX)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path}/{_INDEX}: has no 'weight_map'")
-        files = sorted({str(f) for f in weight_map.values()})
-        for file in files:
-            if os.path.basename(file) != file or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{path}/{_INDEX} names the file {file!r}; only *.safetensors files beside the "
-                    "index are read"
-                )
-    elif (path / "model.safetensors").exists():
-        files, weight_map = ["model.safetensors"], None
-    else:
-        pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(
-            p.name for p in path.glob("*.pt*")
-        )
-        if pickled:
-            raise ValueError(
-                f"{path}: only pickled weights ({pickled[0]}), which can run code when loaded; not "
-                "read. Convert them where that is safe: "
-                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) writes safetensors"
-            )
-        raise ValueError(f"{path}: no model.safetensors and no {_INDEX}; is the download complete?")
-    found: dict[str, TensorInfo] = {}
-    for file in files:
-        if not (path / file).is_file():
-            raise ValueError(f"{path}/{_INDEX} names {file}, which is missing; fetch it again")
-        for name, info in read_header(path / file).items():
-            if name in found:
-                raise ValueError(
-                    f"{path}: tensor {name!r} is in {found[name].file.name} and {file}"
-                )
-            found[name] = info
-    if weight_map is not None:
-        for name, file in weight_map.items():
-            if name not in found or found[name].file.name != file:
-                raise ValueError(f"{path}/{_INDEX}: tensor {name!r} is not in {file}")
-    return found
 
 
 def open_checkpoint(
@@ -168,11 +132,11 @@ def open_checkpoint(
     """
     path, commit = Path(name_or_path), None
     if not path.is_dir():
-        path, commit = _fetch(os.fspath(name_or_path), revision)
+        path, commit = _fetch(os.fspath(name_or_path), revision, trust_remote_code)
     elif revision is not None:
         raise ValueError(f"--hf-revision {revision}: {path} is a directory, which has no revisions")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json; expected a Hugging Face model directory")
-    config = _read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     _check_config(path, config, trust_remote_code)
-    return HFCheckpoint(path, os.fspath(name_or_path), commit, config, _index(path))
+    return HFCheckpoint(path, os.fspath(name_or_path), commit, config, read_directory(path))

@@ -8,7 +8,6 @@ closed).
 
 import io
 import math
-import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,13 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_dft.storage.files import write_whole
 from megatron_dft.storage.overlap import WriteBehind
 from megatron_dft.storage.pread import fill
 from megatron_dft.storage.shard import locate
+from megatron_dft.storage.torch_dist import TABLE, read_table, tiles
 
 MAX_FILE_BYTES = 5 * 10**9
 BOX_BYTES = 8 * 2**20  # no larger: malloc reuses such memory, larger boxes fault it in anew
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's name for it
 
 
 class TorchDistWriter:
@@ -103,10 +102,7 @@ class TorchDistWriter:
         metadata = Metadata(
             self._entries, storage_data=self._storage, storage_meta=StorageMeta(self._directory)
         )
-        with open(self._directory / ".metadata", "wb") as f:
-            pickle.dump(metadata, f)
-            f.flush()
-            os.fsync(f.fileno())
+        write_whole(self._directory / TABLE, pickle.dumps(metadata))
         save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
 
 
@@ -122,12 +118,13 @@ class TorchDistReader:
     """Reads stored boxes of tensors in parts of at most 8 MiB (or one row where that is more)."""
 
     def __init__(self, directory: Path) -> None:
+        """Raises ValueError (one line) where the table of `directory` is not one."""
         self._directory = directory
-        metadata = FileSystemReader(directory).read_metadata()
-        self._entries = metadata.state_dict_metadata
+        table = read_table(directory)
+        self._entries = table.state_dict_metadata
         # Grouped once: a large model has tens of thousands of boxes under hundreds of keys.
         self._places: dict[str, list[tuple[str, int, int, tuple[int, ...]]]] = {}
-        for index, info in metadata.storage_data.items():
+        for index, info in table.storage_data.items():
             place = (info.relative_path, info.offset, info.length, tuple(index.offset or ()))
             self._places.setdefault(index.fqn, []).append(place)
 
@@ -142,12 +139,19 @@ class TorchDistReader:
     def chunks(self, key: str) -> Iterator[Chunk]:
         """The stored boxes of tensor `key`, in the order of the files, part by part.
 
-        Raises ValueError where a file is damaged.
+        Raises ValueError where a file is damaged, or the boxes do not make the whole tensor.
         """
         entry = self._entries[key]
         dtype = entry.properties.dtype
         sizes = {tuple(c.offsets): tuple(c.sizes) for c in entry.chunks}
-        for path, begin, length, offset in sorted(self._places[key]):
+        places = sorted(self._places.get(key, []))
+        whole = tiles(tuple(entry.size), [(offset, size) for offset, size in sizes.items()])
+        if not whole or [p[3] for p in sorted(places, key=lambda p: p[3])] != sorted(sizes):
+            raise ValueError(
+                f"{self._directory}: the shards of {key!r} do not make the whole tensor (lost, or "
+                "overlapping); copy the checkpoint again"
+            )
+        for path, begin, length, offset in places:
             file, shape = self._directory / path, sizes[offset]
             position = locate(file, begin, length, shape, dtype)
             axis = next((i for i, n in enumerate(shape) if n > 1), 0)  # what comes before is one

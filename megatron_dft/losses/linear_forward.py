@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dft.losses.linear_recompute import Head, fp32_chunks, linear_gradients
+from megatron_dft.losses.main_grad import deliver
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_gradient import LogitGradient
 from megatron_dft.losses.vocab_statistics import (
@@ -99,7 +100,7 @@ def _chunk_statistics(logits: Tensor, target: Tensor, head: Head) -> Finished:
         packed[:, part] = shard_statistics(
             logits[part], target[part], head.vocab_start, head.want, scratch
         )
-    return finish(merge(packed.unsqueeze(0), head.want), head.want)
+    return finish(merge(packed.unsqueeze(0), head.want), target, head.want)
 
 
 def _logit_gradient_(
@@ -114,7 +115,7 @@ def _logit_gradient_(
 
 class LinearLoss(torch.autograd.Function):
     """(hidden [T, h], weight, target [T], Head, Objective, per-token fields) → loss [T] and the
-    constants weight [T], log p [T] and whether no token is likelier [T]."""
+    constants weight [T], log p [T] and whether it is greedy decoding's choice [T]."""
 
     @staticmethod
     def forward(
@@ -133,11 +134,12 @@ class LinearLoss(torch.autograd.Function):
         dtype = statistics_dtype(hidden)
         in_place = hidden.dtype == dtype
         gradients = _Gradients.empty(hidden, weight_Vh, head.real, ctx.needs_input_grad[:2])
-        buffer = hidden.new_empty(min(head.chunk_size, tokens), head.real)
+        size = max(1, head.most_logits // max(head.real, 1))
+        buffer = hidden.new_empty(min(size, tokens), head.real)
         results = torch.empty(5, tokens, dtype=dtype, device=hidden.device)
         is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        for start in range(0, tokens, head.chunk_size):
-            chunk = slice(start, min(start + head.chunk_size, tokens))
+        for start in range(0, tokens, size):
+            chunk = slice(start, min(start + size, tokens))
             logits = buffer[: chunk.stop - start]
             torch.mm(hidden[chunk], weight_Vh[: head.real].t(), out=logits)
             done = _chunk_statistics(logits, target[chunk], head)
@@ -164,7 +166,8 @@ class LinearLoss(torch.autograd.Function):
         done = Finished(maximum, sum_exp, log_prob, is_top1)
         if gradients.d_weight is not None:
             gradients.d_weight = gradients.d_weight.to(weight_Vh.dtype)
-        ctx.head, ctx.done, ctx.target, ctx.weight = head, done, target, weight
+        ctx.head, ctx.done, ctx.target, ctx.token_weight = head, done, target, weight
+        ctx.weight = weight_Vh
         ctx.gradients = gradients
         ctx.save_for_backward(hidden_Th, weight_Vh)
         outputs = tuple(rows.spread(x) for x in (value, weight, log_prob, is_top1))
@@ -191,8 +194,9 @@ class LinearLoss(torch.autograd.Function):
                 ctx.target,
                 head,
                 ctx.done,
-                -ctx.weight * upstream,
+                -ctx.token_weight * upstream,
                 ctx.needs_input_grad[:2],
             )
         d_hidden = None if d_hidden is None else rows.reduce(d_hidden)
+        d_weight = deliver(ctx.weight, d_weight, head.fuse_main_grad)
         return d_hidden, d_weight, None, None, None, None

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dft.losses.linear_reference import ReferenceLogits
+from megatron_dft.losses.main_grad import deliver
+from megatron_dft.losses.row_filter import RowFilter
 from megatron_dft.losses.supervised_rows import SupervisedRows
 from megatron_dft.losses.vocab_autograd import gather_statistics
 from megatron_dft.losses.vocab_gradient import LogitGradient
@@ -32,10 +35,12 @@ from megatron_dft.losses.vocab_statistics import (
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What both designs know beside their tensors.
+    """What every design knows beside its tensors.
 
-    `vocab_start`: id of the weight's first row; `real`: its rows that are no padding; `chunk_size`
-    [tokens]: at most chunk_size × V logits exist at a time.
+    `vocab_start`: id of the weight's first row; `real`: its rows that are no padding;
+    `most_logits`: so many of them exist at a time; `memory` [bytes]: what they and the sums that
+    cutting the vocabulary costs may take; `fuse_main_grad`: dW is added to the weight's main_grad
+    where it has one; `reference`: the logits of the KL term.
     """
 
     rows: SupervisedRows
@@ -43,11 +48,15 @@ class Head:
     want: Wanted
     vocab_start: int
     real: int
-    chunk_size: int
+    most_logits: int
+    memory: int
+    fuse_main_grad: bool = False
+    row_filter: RowFilter | None = None
+    reference: ReferenceLogits | None = None
 
     def blocks(self, tokens: int) -> Iterator[slice]:
         """Slices of the real vocabulary rows."""
-        size = max(1, self.chunk_size * self.real // max(tokens, 1))
+        size = max(1, self.most_logits // max(tokens, 1))
         for start in range(0, self.real, size):
             yield slice(start, min(start + size, self.real))
 
@@ -90,18 +99,25 @@ def linear_statistics(
     logits_of = _BlockLogits(hidden_nh, weight_Vh)
     for block in head.blocks(tokens):
         logits = logits_of(block)
+        reference = None if head.reference is None else head.reference.block(block)
         part = hidden_nh.new_empty(head.want.count, tokens, dtype=statistics_dtype(hidden_nh))
         for chunk, scratch in fp32_chunks(logits):
             part[:, chunk] = shard_statistics(
-                logits[chunk], target_n[chunk], head.vocab_start + block.start, head.want, scratch
+                logits[chunk],
+                target_n[chunk],
+                head.vocab_start + block.start,
+                head.want,
+                scratch,
+                None if reference is None else reference[chunk],
             )
         parts.append(part)
     if not parts:  # a rank whose rows are all padding
         empty = hidden_nh.new_empty(tokens, 0)
         none = torch.empty(tokens, 0, dtype=statistics_dtype(hidden_nh), device=empty.device)
-        parts.append(shard_statistics(empty, target_n, head.vocab_start, head.want, none))
+        parts.append(shard_statistics(empty, target_n, head.vocab_start, head.want, none, none))
     local = merge(torch.stack(parts), head.want)
-    return finish(merge(gather_statistics(local, head.group), head.want), head.want)
+    gathered = gather_statistics(local, head.group)
+    return finish(merge(gathered, head.want), target_n, head.want)
 
 
 def linear_gradients(
@@ -112,9 +128,10 @@ def linear_gradients(
     done: Finished,
     upstream_n: Tensor,
     needs: tuple[bool, bool],
+    kl_upstream_n: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's (d_hidden [n, h] before the reduction over ranks, dW) for `upstream_n`, the
-    gradient of each token's log p; None for what is not needed."""
+    gradient of each token's log p, and that of its KL; None for what is not needed."""
     tokens = len(hidden_nh)
     d_hidden = d_weight = None
     if needs[0]:
@@ -126,9 +143,13 @@ def linear_gradients(
     for block in head.blocks(tokens):
         logits = logits_of(block)
         gradient = LogitGradient(done, target_n, head.vocab_start + block.start, None)
-        gradient.set_upstream(upstream_n, None, None, None, None)
+        gradient.set_upstream(upstream_n, None, None, None, kl_upstream_n)
+        reference = None
+        if head.reference is not None and kl_upstream_n is not None:
+            reference = head.reference.block(block)
         for chunk, scratch in fp32_chunks(logits):
-            result = gradient.chunk(logits[chunk], chunk, scratch, None)
+            seen = None if reference is None else reference[chunk]
+            result = gradient.chunk(logits[chunk], chunk, scratch, seen)
             if result.dtype != logits.dtype:
                 logits[chunk] = result
         if d_hidden is not None:
@@ -141,34 +162,74 @@ def linear_gradients(
     return None if d_hidden is None else d_hidden.to(hidden_nh.dtype), d_weight
 
 
+def _of_rows(done: Finished, index: Tensor) -> Finished:
+    """What `linear_gradients` reads of these rows."""
+    return Finished(
+        maximum=done.maximum[index],
+        sum_exp=done.sum_exp[index],
+        log_prob=done.log_prob[index],
+        is_top1=done.is_top1[index],
+    )
+
+
 class LinearStatistics(torch.autograd.Function):
-    """(hidden [N, h], weight, target [T], Head) → log p [T], differentiable, and the constants
-    whether it is the largest, entropy of the top k and Σp², [T] or None."""
+    """(hidden [N, h], weight, target [T], Head) → log p and KL [T], differentiable, and the
+    constants whether log p is greedy decoding's choice, entropy of the top k and Σp²; [T] or None:
+    log p, top-1, entropy, Σp², KL."""
 
     @staticmethod
     def forward(ctx, hidden_Nh: Tensor, weight_Vh: Tensor, target_T: Tensor, head: Head):
-        rows = head.rows
+        ctx.set_materialize_grads(False)
+        rows, reference = head.rows, head.reference
         target = rows.of(target_T)
+        if reference is not None:
+            reference.begin()
         done = linear_statistics(rows.gather(hidden_Nh), weight_Vh, target, head)
-        ctx.head, ctx.done, ctx.target = head, done, target
+        if reference is not None:
+            reference.end()
+        ctx.head, ctx.done, ctx.target, ctx.weight = head, done, target, weight_Vh
         ctx.save_for_backward(hidden_Nh, weight_Vh)
-        values = (done.is_top1, done.entropy_top, done.sum_sq_prob)
-        constants = [None if v is None else rows.spread(v) for v in values]
-        ctx.mark_non_differentiable(*(v for v in constants if v is not None))
-        return rows.spread(done.log_prob), *constants
+        return spread_outputs(ctx, rows, done)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
         hidden_Nh, weight_Vh = ctx.saved_tensors
         head, rows = ctx.head, ctx.head.rows
-        assert grads[0] is not None
+        upstream, kl_upstream = upstream_of(rows, grads, ctx.done.log_prob)
+        hidden, target, done, kept = rows.gather(hidden_Nh), ctx.target, ctx.done, None
+        tokens = len(hidden)
+        if head.row_filter is not None:
+            kept = head.row_filter.kept(upstream, done.log_prob)
+            hidden, target, upstream = hidden[kept], target[kept], upstream[kept]
+            done = _of_rows(done, kept)
+        if head.reference is not None and kl_upstream is not None:
+            head.reference.begin()
         d_hidden, d_weight = linear_gradients(
-            rows.gather(hidden_Nh),
-            weight_Vh,
-            ctx.target,
-            head,
-            ctx.done,
-            rows.of(grads[0]),
-            ctx.needs_input_grad[:2],
+            hidden, weight_Vh, target, head, done, upstream, ctx.needs_input_grad[:2], kl_upstream
         )
-        return None if d_hidden is None else rows.reduce(d_hidden), d_weight, None, None
+        if head.reference is not None:
+            head.reference.end()
+        if d_hidden is not None:
+            if kept is not None:
+                d_hidden = d_hidden.new_zeros(tokens, d_hidden.shape[1]).index_copy_(
+                    0, kept, d_hidden
+                )
+            d_hidden = rows.reduce(d_hidden)
+        return d_hidden, deliver(ctx.weight, d_weight, head.fuse_main_grad), None, None
+
+
+def spread_outputs(ctx, rows: SupervisedRows, done: Finished) -> tuple[Tensor | None, ...]:
+    """(log p, top-1, entropy of the top k, Σp², KL) [T]; the first and the last have gradients."""
+    values = (done.log_prob, done.is_top1, done.entropy_top, done.sum_sq_prob, done.kl)
+    out = tuple(None if v is None else rows.spread(v) for v in values)
+    ctx.mark_non_differentiable(*(v for v in out[1:4] if v is not None))
+    return out
+
+
+def upstream_of(
+    rows: SupervisedRows, grads: tuple[Tensor | None, ...], log_prob_n: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients [n] of log p (zeros where none came) and of the KL, of `spread_outputs`."""
+    first, kl = grads[0], grads[4]
+    upstream = torch.zeros_like(log_prob_n) if first is None else rows.of(first)
+    return upstream, None if kl is None else rows.of(kl)

@@ -96,14 +96,21 @@ def chord_phi(stats: TokenStats) -> Terms:
     return Terms(p * (1.0 - p))
 
 
+def _log_ratio(stats: TokenStats) -> Tensor:
+    """log p − log p_ref, finite: 0 where both are impossible, ±1e30 where one is."""
+    assert stats.reference_log_prob is not None
+    ratio = stats.log_prob - stats.reference_log_prob
+    # A conversation's mean of +inf and −inf would be NaN.
+    return torch.nan_to_num(ratio, nan=0.0, posinf=1e30, neginf=-1e30)
+
+
 def iw_sft(stats: TokenStats, level: str, low: float, high: float, temperature: float) -> Terms:
     """Importance-weighted SFT against a reference policy (2507.12856).
 
     Token level: w = clamp(p / p_ref, low, high). Sequence level: w = clamp(exp(temperature · m),
     low, high), m the conversation's mean of log p − log p_ref.
     """
-    assert stats.reference_log_prob is not None
-    log_ratio = stats.log_prob - stats.reference_log_prob
+    log_ratio = _log_ratio(stats)
     if level == "sequence":
         log_ratio = temperature * segment_mean(stats, log_ratio)
     return Terms(log_ratio.exp().clamp(min=low, max=high))
@@ -115,8 +122,7 @@ def psft(stats: TokenStats, clip: float) -> Terms:
     The paper's −min(r·A, clip(r, 1 − ε₁, 1 + ε₂)·A) with its advantage A = 1: the lower clip ε₁ can
     never be the minimum then, so only ε₂ exists here.
     """
-    assert stats.reference_log_prob is not None
-    ratio = (stats.log_prob - stats.reference_log_prob).exp()
+    ratio = _log_ratio(stats).exp()
     inside = ratio <= 1.0 + clip
     return Terms(torch.where(inside, ratio, 0.0), -ratio.clamp(max=1.0 + clip))
 

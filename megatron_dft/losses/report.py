@@ -5,12 +5,15 @@ context-parallel ranks (training/training.py, train_step and evaluate).
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 HISTOGRAM_BINS = 10
 HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
+END_PROB = "dft/end-prob"
+ENDS = "dft/ends"  # how many tokens END_PROB is a mean over; not reported
 
 
 def histogram_key(index: int) -> str:
@@ -19,6 +22,52 @@ def histogram_key(index: int) -> str:
 
 
 @torch.no_grad()
+def token_figures(
+    objective: str | None,
+    cross_entropy: Tensor,
+    token_loss: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    correct: Tensor | None,
+    kl: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> tuple[tuple[str, ...], Tensor]:
+    """Names, and sums over the supervised tokens of one micro-batch on one rank, their number last.
+
+    The sums are a new fp32 tensor [names + 1], made in a handful of kernels.
+
+    Args:
+        objective: its name, or None in evaluation (then only the plain figures are given).
+        cross_entropy, token_loss, weight: fp32 [b, s]; garbage where `mask` is 0 is left out.
+        mask: [b, s], 0 or 1.
+        correct: bool [b, s], whether the target is the model's first choice; None if not known.
+        kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
+        ends: bool [b, s], which supervised tokens end a turn; None if not known.
+    """
+    supervised, p = mask.bool(), (-cross_entropy).exp()
+    found = {CROSS_ENTROPY: cross_entropy}
+    if objective is not None:
+        if objective != "sft":
+            found[f"{objective} loss"] = token_loss
+        found["dft/mean-weight"] = weight
+    found["dft/mean-prob"] = p
+    if correct is not None:
+        found["dft/token-accuracy"] = correct
+    if kl is not None:
+        found["dft/kl"] = kl
+    if ends is not None:
+        found[END_PROB], found[ENDS] = torch.where(ends, p, 0.0), ends
+    values = torch.stack([*(x.detach().float() for x in found.values()), torch.ones_like(p)])
+    parts = [torch.where(supervised, values, 0.0).flatten(1).sum(1)]
+    if objective is not None:
+        # How many reach each bin's lower edge; a bin is what reaches it and not the next.
+        edges = torch.arange(HISTOGRAM_BINS, device=p.device).view(-1, 1, 1)
+        reached = ((p * HISTOGRAM_BINS >= edges) & supervised).flatten(1).sum(1).float()
+        parts.insert(0, torch.cat([reached[:-1] - reached[1:], reached[-1:]]))
+    shares = [histogram_key(i) for i in range(HISTOGRAM_BINS)] if objective is not None else []
+    return (*shares, *found), torch.cat(parts)
+
+
 def loss_report(
     objective: str | None,
     cross_entropy: Tensor,
@@ -27,40 +76,66 @@ def loss_report(
     mask: Tensor,
     correct: Tensor | None,
     kl: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """name → fp32 [sum, count] of one micro-batch on one rank.
+    """name → fp32 [sum, count] of one micro-batch on one rank, in the form that Megatron sums up.
 
-    Args:
-        objective: its name, or None in evaluation (then only the plain figures are given).
-        cross_entropy, token_loss, weight: fp32 [b, s]; garbage where `mask` is 0 is left out.
-        mask: [b, s], 0 or 1.
-        correct: bool [b, s], whether the target is the model's first choice; None if not known.
-        kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
+    Arguments as of `token_figures`.
     """
-    supervised = mask.bool()
-    ce = torch.where(supervised, cross_entropy, 0.0)
-    p = torch.where(supervised, (-ce).exp(), 0.0)
-    count = supervised.sum().float()
-
-    def entry(total: Tensor) -> Tensor:
-        # A fresh tensor: the schedules scale the returned loss in place, an alias would follow it.
-        return torch.stack([total.detach().float().clone(), count])
-
-    report = {CROSS_ENTROPY: entry(ce.sum())}
+    names, sums = token_figures(
+        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends
+    )
+    report = {name: torch.stack([sums[i], sums[-1]]) for i, name in enumerate(names)}
+    if ends is not None:
+        report[END_PROB][1] = report.pop(ENDS)[0]
     if objective is not None:
-        if objective != "sft":
-            report[f"{objective} loss"] = entry(token_loss.sum())
-        report["dft/mean-weight"] = entry(weight.sum())
-    report["dft/mean-prob"] = entry(p.sum())
-    if correct is not None:
-        report["dft/token-accuracy"] = entry((correct & supervised).sum())
-    if kl is not None:
-        report["dft/kl"] = entry(torch.where(supervised, kl, 0.0).sum())
-    if objective is not None:
-        bins = (p * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
-        shares = torch.zeros(HISTOGRAM_BINS, device=p.device)
-        shares.index_add_(0, bins.flatten(), supervised.flatten().float())
-        for index in range(HISTOGRAM_BINS):
-            report[histogram_key(index)] = entry(shares[index])
-        report[TOKENS] = torch.stack([count, torch.ones_like(count)])
+        report[TOKENS] = torch.stack([sums[-1], torch.ones_like(sums[-1])])
     return report
+
+
+class StepFigures:
+    """The figures of training steps, kept on the device and reduced over ranks when they are read.
+
+    Reading costs one all-reduce, whatever the number of figures and of steps since the last time.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._open: Tensor | None = None
+        self._steps: list[Tensor] = []
+
+    def add(self, names: tuple[str, ...], sums: Tensor) -> None:
+        """A micro-batch of the present step, as `token_figures` gives it."""
+        assert not self._names or names == self._names, (names, self._names)
+        self._names = names
+        # Float64: a step's counts stay whole numbers on a thousand ranks too.
+        row = torch.cat([sums, sums.new_ones(1)]).double()
+        self._open = row if self._open is None else self._open + row
+
+    def close_step(self, keep: bool) -> None:
+        """The step has ended; keep: False for one that the optimizer skipped."""
+        if self._open is not None and keep:
+            self._steps.append(self._open)
+        self._open = None
+
+    def take(self, group: dist.ProcessGroup | None) -> tuple[dict[str, Tensor], int]:
+        """(name → fp32 mean over tokens of a step, averaged over the steps closed since the last
+        call; that number of steps). Collective over `group` where any step was closed.
+
+        TOKENS alone is a sum over the steps, of a micro-batch's mean.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return {}, 0
+        table = torch.stack(steps)
+        if group is not None:
+            dist.all_reduce(table, group=group)
+        tokens, micro_batches = table[:, -2], table[:, -1]
+        means = (table[:, :-2] / tokens[:, None]).mean(0).float()
+        found = dict(zip(self._names, means.unbind(), strict=True))
+        if found.pop(ENDS, None) is not None:
+            # Of all ends of these steps: a single step may have none.
+            at, ends = self._names.index(END_PROB), self._names.index(ENDS)
+            found[END_PROB] = (table[:, at].sum() / table[:, ends].sum()).float()
+        found[TOKENS] = (tokens / micro_batches).sum().float()
+        return found, len(steps)

@@ -122,7 +122,7 @@ class VocabParallelStatistics(torch.autograd.Function):
                 reference,
             )
         gathered = gather_statistics(local, call.group)
-        done = finish(merge(gathered, call.want), call.want)
+        done = finish(merge(gathered, call.want), target, call.want)
         rank = 0 if call.group is None else dist.get_rank(call.group)
         ctx.gradient = LogitGradient.of(done, gathered, call.want, rank, target, call.vocab_start)
         if keep_exp:

@@ -126,10 +126,22 @@ class LogitGradient:
         # The shard's members of the overall k are its own largest; among equal logits any will do.
         position = torch.arange(top_logits_Tk.shape[1], device=count.device)
         mine = position < count[rows].unsqueeze(1)
-        # The likeliest token's p̃ is e^0 / Σ.
-        largest = done.top_prob[0, rows].unsqueeze(1)
-        shifted = top_logits_Tk.to(gradient_TV.dtype) - done.maximum[rows].unsqueeze(1)
-        log_prob = (shifted + largest.log()).clamp_(min=LOWEST)
-        term = log_prob.exp() * (log_prob + done.entropy_top[rows].unsqueeze(1))
-        term = torch.where(mine, -g_top_T.unsqueeze(1) * term, 0.0)
+        here = Finished(
+            done.maximum[rows],
+            done.sum_exp[rows],
+            done.log_prob[rows],
+            done.is_top1[rows],
+            top_prob=done.top_prob[:, rows],
+            entropy_top=done.entropy_top[rows],
+        )
+        term = top_term(here, top_logits_Tk.t().to(gradient_TV.dtype), g_top_T).t()
+        term = torch.where(mine, term, 0.0)
         gradient_TV.scatter_add_(1, top_columns_Tk, term)
+
+
+def top_term(done: Finished, top_logits_kT: Tensor, g_top_T: Tensor) -> Tensor:
+    """−g_T p̃ (log p̃ + H̃) [k, T] of a shard's k largest logits, were all among the k likeliest."""
+    assert done.top_prob is not None and done.entropy_top is not None
+    # The likeliest token's p̃ is e^0 / Σ.
+    log_prob = (top_logits_kT - done.maximum + done.top_prob[0].log()).clamp(min=LOWEST)
+    return -g_top_T * log_prob.exp() * (log_prob + done.entropy_top)

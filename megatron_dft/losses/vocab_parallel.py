@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dft.losses import registry
+from megatron_dft.losses import kernels, registry
 from megatron_dft.losses.token_stats import TokenLoss, TokenStats
 from megatron_dft.losses.vocab_autograd import Call, VocabParallelStatistics, world_size
 from megatron_dft.losses.vocab_statistics import Wanted
@@ -39,7 +39,8 @@ class VocabStatistics(NamedTuple):
     """Per-token results, fp32 (fp64 for fp64 logits), of the targets' shape, differentiable with
     respect to the logits, 0 where the target is ignored; None where not asked for.
 
-    `is_top1` (bool) tells whether no token is likelier than the target: its mean is the accuracy.
+    `is_top1` (bool) tells whether greedy decoding takes the target, the first of equally likely
+    tokens: its mean is the accuracy.
     """
 
     log_prob: Tensor
@@ -53,6 +54,15 @@ class VocabStatistics(NamedTuple):
     def prob(self) -> Tensor:
         """Probability of the target token, detached."""
         return self.log_prob.detach().clamp(max=0.0).exp()
+
+
+def _function(logits: Tensor) -> type[torch.autograd.Function]:
+    """The kernels' autograd function where they serve, else the one in torch's own operations."""
+    if not kernels.serve(logits):
+        return VocabParallelStatistics
+    from megatron_dft.losses.kernels.autograd import KernelStatistics  # imports Triton
+
+    return KernelStatistics
 
 
 def _token_order(logits: Tensor) -> list[int]:
@@ -125,9 +135,7 @@ def vocab_parallel_statistics(
         return x.permute(*order, -1).flatten(0, -2) if order else x.unsqueeze(0)
 
     reference = None if reference_logits is None else flat(reference_logits.detach())
-    outputs = VocabParallelStatistics.apply(
-        flat(logits), ordered_target.reshape(-1), reference, call
-    )
+    outputs = _function(logits).apply(flat(logits), ordered_target.reshape(-1), reference, call)
     inverse = [order.index(axis) for axis in range(len(order))]
 
     def shaped(x: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ A shard's statistics are a [C, T] fp32 tensor (fp64 for fp64 logits). With z the
 maximum in the shard, r the reference logits and m_r theirs, its rows are
 
     max m · sum_exp Σe^{z−m} · target z_y, NaN unless the shard holds the target
+    argmax id of the first token with z = m; below 2^24, where fp32 has every integer
     z_exp Σe^{z−m}(z−m)        for the entropy
     sq_exp Σe^{2(z−m)}         for Σp²
     top k largest z            for the entropy of the k likeliest tokens
@@ -27,6 +28,7 @@ LOWEST = -200.0
 # stays in cache, ran 10 times slower on one); on a GPU, few enough kernel launches.
 CPU_CHUNK_BYTES = 32 << 20
 GPU_CHUNK_BYTES = 256 << 20
+SEARCH_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Wanted:
             "max": 1,
             "sum_exp": 1,
             "target": 1,
+            "argmax": 1,
             "z_exp": int(self.entropy),
             "sq_exp": int(self.sum_sq_prob),
             "top": self.top_k,
@@ -84,6 +87,30 @@ def target_position(target_T: Tensor, vocab_start: int, vocab: int) -> tuple[Ten
     return held, torch.where(held, column, 0)
 
 
+def _first_maximum(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum [T], its first column [T] int64): `max(-1)` of a CPU takes eight times as long."""
+    vocab = logits_TV.shape[1]
+    if vocab <= 2 * SEARCH_BLOCK:
+        return logits_TV.max(-1)
+    blocks = vocab // SEARCH_BLOCK
+    whole = logits_TV[:, : blocks * SEARCH_BLOCK].unflatten(1, (blocks, SEARCH_BLOCK))
+    maximum, block = whole.amax(-1).max(1)
+    near = whole[torch.arange(len(block), device=block.device), block]
+    column = block * SEARCH_BLOCK + _first(near, maximum)
+    rest = logits_TV[:, blocks * SEARCH_BLOCK :]
+    if not rest.shape[1]:
+        return maximum, column
+    last = rest.amax(-1)
+    beyond = last > maximum
+    column = torch.where(beyond, blocks * SEARCH_BLOCK + _first(rest, last), column)
+    return torch.where(beyond, last, maximum), column
+
+
+def _first(values_TB: Tensor, wanted_T: Tensor) -> Tensor:
+    """The first column that holds the value."""
+    return (values_TB == wanted_T.unsqueeze(1)).to(torch.uint8).argmax(1)
+
+
 def _shift(logits_TV: Tensor, maximum_T: Tensor, buffer_TV: Tensor) -> Tensor:
     """z − m in the buffer; a shard without a finite logit is left at z."""
     safe = torch.where(maximum_T == -torch.inf, 0.0, maximum_T)
@@ -110,6 +137,7 @@ def shard_statistics(
     if vocab == 0:
         out[rows["max"]] = out[rows["ref_max"]] = -torch.inf
         out[rows["target"]] = torch.nan
+        out[rows["argmax"]] = torch.inf
         return out
     held, column = target_position(target_T, vocab_start, vocab)
     target_logit = logits_TV.gather(1, column.unsqueeze(1)).squeeze(1).to(out.dtype)
@@ -117,8 +145,10 @@ def shard_statistics(
     if want.top_k:
         k = min(want.top_k, vocab)
         out[rows["top"]][:k] = logits_TV.topk(k, dim=-1).values.T.to(out.dtype)
-    maximum = logits_TV.amax(-1).to(out.dtype)
+    largest, column = _first_maximum(logits_TV)
+    maximum = largest.to(out.dtype)
     out[rows["max"]] = maximum
+    out[rows["argmax"]] = (column + vocab_start).to(out.dtype)
     shifted = _shift(logits_TV, maximum, buffer_TV)
     if want.kl:
         assert reference_TV is not None
@@ -165,6 +195,9 @@ def merge(stats_SCT: Tensor, want: Wanted) -> Tensor:
     held = ~target.isnan()
     found = torch.where(held, target, 0.0).sum(0)
     out[rows["target"]] = torch.where(held.sum(0) == 1, found, torch.nan)
+    # Ties between shards go to the lower id as well.
+    leads = part["max"] == overall
+    out[rows["argmax"]] = torch.where(leads, part["argmax"], torch.inf).amin(0)
     if want.entropy:
         out[rows["z_exp"]] = (scale * (part["z_exp"].squeeze(1) + offset * sum_exp)).sum(0)
     if want.sum_sq_prob:
@@ -188,7 +221,7 @@ class Finished:
     maximum: Tensor
     sum_exp: Tensor
     log_prob: Tensor
-    is_top1: Tensor  # bool: no token is likelier than the target
+    is_top1: Tensor  # bool: greedy decoding takes the target, the first of equally likely tokens
     entropy: Tensor | None = None
     sum_sq_prob: Tensor | None = None
     top_prob: Tensor | None = None  # [k, T], renormalised over the k likeliest
@@ -198,7 +231,14 @@ class Finished:
     ref_sum_exp: Tensor | None = None
 
 
-def finish(stats_CT: Tensor, want: Wanted) -> Finished:
+def entropy_of_top(top_kT: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities [k, T] of these logits among themselves, their entropy [T])."""
+    log_prob = top_kT.log_softmax(0).clamp(min=LOWEST)
+    prob = log_prob.exp()
+    return prob, -(prob * log_prob).sum(0)
+
+
+def finish(stats_CT: Tensor, target_T: Tensor, want: Wanted) -> Finished:
     """Probabilities, entropies and divergences of merged statistics."""
     part = {name: stats_CT[where].squeeze(0) for name, where in want.rows().items()}
     maximum, sum_exp = part["max"], part["sum_exp"]
@@ -209,10 +249,7 @@ def finish(stats_CT: Tensor, want: Wanted) -> Finished:
     if want.sum_sq_prob:
         sum_sq_prob = part["sq_exp"] / sum_exp.square()
     if want.top_k:
-        top = stats_CT[want.rows()["top"]]
-        top_log_prob = top.log_softmax(0).clamp(min=LOWEST)
-        top_prob = top_log_prob.exp()
-        entropy_top = -(top_prob * top_log_prob).sum(0)
+        top_prob, entropy_top = entropy_of_top(stats_CT[want.rows()["top"]])
     if want.kl:
         ref_maximum, ref_sum_exp = part["ref_max"], part["ref_sum_exp"]
         kl = part["cross"] / ref_sum_exp - ref_sum_exp.log() + log_sum
@@ -220,7 +257,7 @@ def finish(stats_CT: Tensor, want: Wanted) -> Finished:
         maximum=maximum,
         sum_exp=sum_exp,
         log_prob=(part["target"] - maximum) - log_sum,
-        is_top1=part["target"] == maximum,
+        is_top1=part["argmax"] == target_T,
         entropy=entropy,
         sum_sq_prob=sum_sq_prob,
         top_prob=top_prob,

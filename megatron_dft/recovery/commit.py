@@ -17,31 +17,65 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import manifest
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage import lock
+from megatron_dft.storage.files import write_whole
 
 
 def _rank() -> int:
     return dist.get_rank()
 
 
-def clear(directory: Path) -> None:
-    """Empty a directory that an interrupted save left behind. Collective."""
+def _on_rank0(action: Callable[[], None]) -> None:
+    """Collective: where it fails, every rank raises."""
+    failure: list[Any] = [None]
     if _rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            # In words: not every error can be sent.
+            failure = [str(error) or type(error).__name__]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise RuntimeError(failure[0])
+
+
+def clear(directory: Path) -> None:
+    """Empty a directory that an interrupted save left behind. Collective.
+
+    Raises RuntimeError where another run has taken --save over.
+    """
+
+    def empty() -> None:
+        lock.check()
         if any(directory.iterdir()):
             print(f"> {directory}: an interrupted save; its files are removed", flush=True)
             manifest.remove(directory)
             directory.mkdir()
-    dist.barrier()
+
+    _on_rank0(empty)
 
 
 def commit(directory: Path, run: dict[str, Any]) -> None:
-    """Hash the files of a finished save and write the manifest. Collective."""
+    """Hash the files of a finished save and write the manifest. Collective.
+
+    Raises RuntimeError where a file is gone that the checkpoint's own index names.
+    """
     mine = manifest.describe_files(directory, _rank(), dist.get_world_size())
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    if _rank() == 0:
-        manifest.write(directory, {k: v for part in parts for k, v in part.items()}, run)
-    dist.barrier()
+
+    def write() -> None:
+        files = {k: v for part in parts for k, v in part.items()}
+        missing = manifest.unaccounted(directory, files)
+        if missing:
+            raise RuntimeError(
+                f"--save: {directory}: .metadata names {', '.join(missing)}, which nobody finds "
+                "there; the checkpoint is not committed, those before it are untouched"
+            )
+        lock.check()
+        manifest.write(directory, files, run)
+
+    _on_rank0(write)
 
 
 def delete_old(root: Path, keep: int, current: int) -> list[int]:

@@ -6,25 +6,25 @@ by all nodes at once and not by one process. Megatron's own --verify-integrity h
 everything.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage.files import flush, read_json_object, sha256_of_file, write_whole
+from megatron_dft.storage.torch_dist import TRACKER as TRACKER
+from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
 FILE_NAME = "megatron_dft.json"
-TRACKER = "latest_checkpointed_iteration.txt"
+_AT_ONCE = 4  # files
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 _WRITTEN_BY = re.compile(r"__(\d+)_")
-
-
-def iteration_directory(root: Path, iteration: int) -> Path:
-    """Megatron's name for a checkpoint of `root`."""
-    return root / f"iter_{iteration:07d}"
+# torch_dist's index is a pickle; the names of its files stand in it as they are, so that nothing
+# needs to be built of it.
+_INDEX, _SHARD = ".metadata", re.compile(rb"__\d+_\d+\.distcp")
 
 
 def iterations(root: Path) -> list[int]:
@@ -36,13 +36,8 @@ def iterations(root: Path) -> list[int]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        # What the manifest vouches for has to be on the disk before it.
-        os.fsync(file.fileno())
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    flush(path)  # what the manifest vouches for has to be on the disk before it
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
@@ -51,14 +46,30 @@ def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dic
     torch_dist names a file after the rank that wrote it, whose page cache still holds it; rank 0
     takes the files without such a name.
     """
-    mine = {}
+    mine = []
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != FILE_NAME:
             match = _WRITTEN_BY.match(path.name)
             writer = int(match[1]) % world_size if match else 0
             if writer == rank:
-                mine[str(path.relative_to(directory))] = _digest(path)
-    return mine
+                mine.append(path)
+    # At once: training waits for them, and neither fsync nor SHA-256 holds the interpreter.
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        found = threads.map(_digest, mine)
+        return {str(p.relative_to(directory)): d for p, d in zip(mine, found, strict=True)}
+
+
+def named_files(directory: Path) -> set[str]:
+    """The data files that the checkpoint's own index names; none where there is no index."""
+    try:
+        return {name.decode() for name in _SHARD.findall((directory / _INDEX).read_bytes())}
+    except FileNotFoundError:
+        return set()
+
+
+def unaccounted(directory: Path, files: Iterable[str]) -> list[str]:
+    """What the checkpoint's own index names and `files` lacks."""
+    return sorted(named_files(directory) - set(files))
 
 
 def write(directory: Path, files: dict[str, dict[str, Any]], run: dict[str, Any]) -> None:
@@ -73,15 +84,26 @@ def read(directory: Path) -> dict[str, Any] | None:
     Raises ValueError where it is not readable.
     """
     path = directory / FILE_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
+    try:
+        content = read_json_object(path)
+    except ValueError as error:
         raise ValueError(f"{FILE_NAME} is not readable ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    files, run = content.get("files"), content.get("run")
+    if not isinstance(files, dict) or not all(map(_is_record, files.items())):
         raise ValueError(f"{FILE_NAME} has no list of files")
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise ValueError(f"{FILE_NAME} does not say which run it is of")
     return content
+
+
+def _is_record(named: tuple[str, Any]) -> bool:
+    """Whether an entry is a file of the directory with its size and SHA-256."""
+    name, record = named
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    told = isinstance(record, dict) and type(record.get("bytes")) is int
+    return inside and told and isinstance(record.get("sha256"), str)
 
 
 def problems(directory: Path, content: dict[str, Any], rank: int, world_size: int) -> list[str]:
@@ -94,9 +116,7 @@ def problems(directory: Path, content: dict[str, Any], rank: int, world_size: in
             if size != expected["bytes"]:
                 found.append(f"{name} has {size} bytes, not {expected['bytes']}")
                 continue
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected["sha256"]:
+            if sha256_of_file(path) != expected["sha256"]:
                 found.append(f"{name} does not have its checksum")
         except FileNotFoundError:
             found.append(f"{name} is missing")

@@ -39,18 +39,26 @@ class NumberCheck:
 
     def __init__(self, args: Any) -> None:
         self.args, self.found = args, ""
+        self._verdicts: list[tuple[torch.Tensor, str]] = []
 
     def note(self, result: Any, rejected: Callable[[Any], Any], message: str) -> None:
-        """Remember the first bad result of the step."""
-        if not self.found and bool(rejected(result)):
-            self.found = message.strip() or f"unexpected result {result}"
+        """Remember a result's verdict; it stays on the device until `agree` reads it."""
+        verdict = torch.as_tensor(rejected(result), device="cuda").any()
+        # Without a synchronisation: reading it here would wait for every micro-batch's forward.
+        self._verdicts.append((verdict, message.strip() or f"unexpected result {result}"))
 
     def agree(self) -> bool:
-        """Whether any rank found something; collective, once a step."""
-        flag = torch.tensor([1 if self.found else 0], dtype=torch.int32, device="cuda")
+        """Whether any rank found something in this step; collective, once a step."""
+        verdicts, self._verdicts = self._verdicts, []
+        flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+        if verdicts:
+            flag += torch.stack([verdict for verdict, _ in verdicts]).any()
+        own = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         bad = bool(flag.item())
         if bad:
+            if own.item():
+                self.found = next(text for verdict, text in verdicts if verdict.item())
             self._report()
         return bad
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dft.recovery import manifest
-from megatron_dft.recovery.status import write_whole
+from megatron_dft.storage.files import write_whole
 
 
 class ResumeError(ValueError):
@@ -66,31 +66,54 @@ def _or_error(directory: Path) -> dict[str, Any] | str | None:
     if dist.get_rank() != 0:
         return None
     try:
-        return manifest.read(directory)
-    except ValueError as error:
+        content = manifest.read(directory)
+        missing = [] if content is None else manifest.unaccounted(directory, content["files"])
+    except (ValueError, OSError) as error:
         return str(error)
+    if missing:
+        return f".metadata names {', '.join(missing)}, which {manifest.FILE_NAME} does not"
+    return content
 
 
-def choose(root: Path, strict: bool) -> Choice:
+def _foreign_faults(directory: Path) -> list[str]:
+    """What lacks in a checkpoint without manifest: imported, or of stock Megatron-LM."""
+    if not (directory / "metadata.json").is_file():
+        return [f"metadata.json and {manifest.FILE_NAME} are missing"]
+    present = {path.name for path in directory.iterdir()}
+    return [f"{name} is missing" for name in manifest.unaccounted(directory, present)]
+
+
+def choose(root: Path, strict: bool, failed: dict[int, str] | None = None) -> Choice:
     """Find the checkpoint of `root` to go on from. Collective over all ranks.
+
+    failed: steps that were chosen before and failed to load, with the reason; they are passed over,
+    and so is every later one.
 
     Raises:
         ResumeError: there were checkpoints and none is whole; or with `strict` the newest is not.
     """
+    failed = failed or {}
     tracker, present = _broadcast((_read_tracker(root), manifest.iterations(root)))
     if tracker is None and not present:
         return Choice(None)
     if tracker == "release":
         return Choice(-1)
-    named = int(tracker) if tracker is not None and tracker.isdecimal() else None
-    damaged = []
-    if tracker is not None and named is None:
+    named = int(tracker) if tracker is not None and tracker.isdecimal() else -1
+    damaged = [f"step {step} fails to load: {reason}" for step, reason in failed.items()]
+    if tracker is not None and named < 0:
         damaged.append(f"{manifest.TRACKER} holds {tracker[:40]!r}, not a step")
-    if named is not None and named not in present:
+    if named >= 0 and named not in present:
         damaged.append(f"{manifest.TRACKER} names step {named}, which has no directory")
+    # Steps of stock Megatron-LM count where the tracker names one: it is written after their files.
+    foreign = _broadcast(
+        named in present
+        and not (manifest.iteration_directory(root, named) / manifest.FILE_NAME).exists()
+    )
     # The tracker may lag behind the newest commit by a kill between the two; it never leads it.
     chosen, run = None, None
     for iteration in reversed(present):
+        if failed and iteration >= min(failed):
+            continue
         directory = manifest.iteration_directory(root, iteration)
         faults, content = _faults(directory)
         if not faults and content is not None:
@@ -98,12 +121,13 @@ def choose(root: Path, strict: bool) -> Choice:
             break
         if faults:
             damaged.append(f"{directory.name}: {'; '.join(faults)}")
-        elif iteration == named:
+        elif foreign and iteration <= named:
             # Not written by this program (imported, or stock Megatron-LM): taken as it is.
-            if _broadcast((directory / "metadata.json").is_file()):
+            faults = _broadcast(_foreign_faults(directory) if dist.get_rank() == 0 else None)
+            if not faults:
                 chosen = iteration
                 break
-            damaged.append(f"{directory.name}: metadata.json and {manifest.FILE_NAME} are missing")
+            damaged.append(f"{directory.name}: {'; '.join(faults)}")
         # else: a save that was cut off; it never counted.
     _judge(root, chosen, damaged, strict, tracker)
     return Choice(chosen, damaged, run)
@@ -149,13 +173,34 @@ def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, list[st
     return found
 
 
+# What a run says of itself since a later version: an older checkpoint that lacks it has no say.
+_LATER = {"model": ("weights",), "loss": ("reference_weights",)}
+
+
+def _completed(saved: dict[str, Any], current: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`saved` with what its version did not know taken from `current`, and its names."""
+    model = saved.get("model")
+    if not isinstance(model, dict) or "weights" in model:
+        return saved, []
+    saved, added = dict(saved), []
+    for part, names in _LATER.items():
+        for name in names:
+            now = current.get(part)
+            if isinstance(now, dict) and name in now and isinstance(saved.get(part), dict):
+                saved[part] = saved[part] | {name: now[name]}
+                added.append(f"{part} {name}")
+    return saved, added
+
+
 def check_same_run(
     saved: dict[str, Any], current: dict[str, Any], allowed: list[str], where: str
 ) -> list[str]:
     """Refuse to go on with another loss, model or tokenizer unless it is allowed by name.
 
-    Returns the allowed differences, in words. Raises ResumeError with all the others.
+    Returns warnings, in words: the differences that are allowed, and what an older checkpoint does
+    not say. Raises ResumeError with all other differences.
     """
+    saved, unknown = _completed(saved, current)
     found = changes(saved, current)
     lines = {name: f"{name}: {', '.join(parts)}" for name, parts in found.items()}
     refused = [line for name, line in lines.items() if name not in allowed]
@@ -165,4 +210,7 @@ def check_same_run(
             f"--load {where}: its run differs: {'; '.join(refused)}; restore the setting, or go on "
             f"with --allow-change {names}"
         )
-    return list(lines.values())
+    warnings = [f"resuming with a change: {line}" for line in lines.values()]
+    if unknown:
+        warnings.append(f"{where}: written before {', '.join(unknown)} were recorded; not compared")
+    return warnings

@@ -7,22 +7,9 @@ means that the run died.
 import os
 from pathlib import Path
 
+from megatron_dft.storage.files import write_whole
+
 VARIABLE = "MEGATRON_DFT_STATUS"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there with all of `text` or not at all, also after a power cut."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def record(word: str, detail: str | int = "") -> None:

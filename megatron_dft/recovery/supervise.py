@@ -12,8 +12,19 @@ import torch.distributed as dist
 
 from megatron_dft.compat import optimizer_resume
 from megatron_dft.compat.hooks import wrap
-from megatron_dft.recovery import commit, exit_codes, manifest, numbers, resume, status, stop
+from megatron_dft.recovery import (
+    commit,
+    exit_codes,
+    fallback,
+    manifest,
+    numbers,
+    resume,
+    schedule,
+    status,
+    stop,
+)
 from megatron_dft.recovery.watchdog import Watchdog
+from megatron_dft.storage.safe_pickle import UnsafeFileError
 
 
 class _Run:
@@ -23,6 +34,7 @@ class _Run:
         self.args, self.identity = args, identity
         self.watchdog = Watchdog(args.hang_timeout) if args.hang_timeout else None
         self.iteration = 0
+        self.chosen: int | None = None  # the step to load
 
     def progress(self, section: str) -> None:
         if self.watchdog is not None:
@@ -42,22 +54,16 @@ class _Run:
             "context_parallel_size": args.context_parallel_size,
         }
 
-    def before_model(self) -> None:
-        """Choose the checkpoint; on every rank, when the process groups exist."""
+    def before_model(self, failed: dict[int, str] | None = None) -> None:
+        """Choose the checkpoint; on every rank, when the process groups exist.
+
+        failed: steps that were chosen and did not load.
+        """
         args = self.args
         if args.load is None:
             return
         root = Path(args.load)
-        if args.ckpt_step is not None:
-            faults, content = resume._faults(manifest.iteration_directory(root, args.ckpt_step))
-            if faults:
-                raise resume.ResumeError(
-                    f"--ckpt-step {args.ckpt_step}: expected a whole checkpoint, got "
-                    f"{'; '.join(faults)}; choose another step"
-                )
-            choice = resume.Choice(args.ckpt_step, [], content and content["run"])
-        else:
-            choice = resume.choose(root, args.strict_resume)
+        choice = self._choose(root, failed)
         for line in choice.damaged:
             _say(f"warning: {root}: {line}; passed over")
         if choice.iteration is None:
@@ -68,10 +74,36 @@ class _Run:
             for line in resume.check_same_run(
                 choice.run["identity"], self.identity, args.allow_change, where
             ):
-                _say(f"warning: resuming with a change: {line}")
+                _say(f"warning: {line}")
+        self._settle_schedule(root, choice.iteration)
+        self.chosen = choice.iteration
         if choice.iteration >= 0 and args.ckpt_step is None:
             resume.mend_tracker(root, choice.iteration)
             _say(f"{root}: going on from step {choice.iteration}")
+
+    def _choose(self, root: Path, failed: dict[int, str] | None) -> resume.Choice:
+        args = self.args
+        if args.ckpt_step is None:
+            return resume.choose(root, args.strict_resume, failed)
+        faults, content = resume._faults(manifest.iteration_directory(root, args.ckpt_step))
+        if faults:
+            raise resume.ResumeError(
+                f"--ckpt-step {args.ckpt_step}: expected a whole checkpoint, got "
+                f"{'; '.join(faults)}; choose another step"
+            )
+        return resume.Choice(args.ckpt_step, [], content and content["run"])
+
+    def _settle_schedule(self, root: Path, iteration: int) -> None:
+        args = self.args
+        if iteration < 0 or args.finetune or args.no_load_optim or args.skip_train:
+            return
+        saved = resume._broadcast(
+            schedule.read(manifest.iteration_directory(root, iteration))
+            if dist.get_rank() == 0
+            else None
+        )
+        for line in schedule.settle(args, saved or {}, f"{root} (step {iteration})"):
+            _say(f"resuming with another schedule: {line}")
 
 
 def _say(text: str) -> None:
@@ -121,6 +153,7 @@ def _install(run: _Run) -> stop.StopHandler:
 
         return checkpoint_and_decide_exit
 
+    fallback.install(run)
     wrap("megatron.training.training:setup_model_and_optimizer", choosing)
     wrap("megatron.training.training:build_pretraining_data_loader", loading)
     wrap("megatron.training.training:checkpoint_and_decide_exit", deciding)
@@ -149,7 +182,7 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         dist.barrier()
         if rank == "0":
             status.record("finished", args.train_iters)
-    except resume.ResumeError as error:
+    except (resume.ResumeError, UnsafeFileError) as error:
         if rank == "0":
             print(f"{socket.gethostname()}: error: {error}", file=sys.stderr, flush=True)
             status.record("refused", str(error))

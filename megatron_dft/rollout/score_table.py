@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_dft.rollout import metrics
 from megatron_dft.rollout.metrics import Estimate, Scored
 from megatron_dft.rollout.rewards import Rewarded
-from megatron_dft.rollout.store import write_whole
+from megatron_dft.storage.files import write_whole
 
 Scores = dict[str, Estimate]
 

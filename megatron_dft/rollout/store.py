@@ -15,23 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.rollout.prompts import Prompt
+from megatron_dft.storage.files import write_whole
 
 FORMAT = 1
-
-
-def write_whole(path: Path, text: str) -> None:
-    """`text` under `path`, all of it or nothing, on the disk when this returns."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def json_lines(records: Iterable[Mapping[str, Any]]) -> str:

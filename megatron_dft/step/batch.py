@@ -3,6 +3,7 @@
 Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,19 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_dft.compat.context_parallel import token_indices
+from megatron_dft.flags.objective import KIND_END
+from megatron_dft.flags.settings import settings
+from megatron_dft.step.lookahead import next_rows
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
-_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "reference_log_prob")
+_PER_TOKEN = (
+    "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+)  # fmt: skip
+_OF_EXPERTS = ("padding_mask",)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,12 @@ class MicroBatch:
 
     From the data set, always: tokens, labels, position_ids int64 [b, s], loss_mask fp32 [b, s].
 
+    padding_mask        bool [b, s] for a model with experts: True where no conversation's token is
     reference_log_prob  fp32 [b, s]: with stored scores from the start, with a frozen model once it
                         has run; None where nothing is compared
+    token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
+                        wrote; None where the data does not say
+    full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
@@ -70,17 +82,27 @@ class MicroBatch:
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
+    token_kinds: Tensor | None = None
+    full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
+
+    @property
+    def ends(self) -> Tensor | None:
+        """bool [b, s]: which labels end a turn."""
+        return None if self.token_kinds is None else (self.token_kinds & KIND_END) != 0
 
     def token_stats(self) -> dict[str, Any]:
         """Fields of TokenStats that the batch itself knows: which conversation a token is of."""
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
+        if self.full_weight is not None:
+            stats["full_weight"] = self.full_weight
         if self.packing is not None:
             positions = self.held
             if positions is None:
@@ -91,31 +113,59 @@ class MicroBatch:
         return stats
 
 
+_first_rows: list[int] = []
+
+
+def first_rows() -> int | None:
+    """A checksum of the rows of the first training micro-batch that this rank has read."""
+    return _first_rows[0] if _first_rows else None
+
+
+def _note_first_rows(raw: dict[str, Tensor]) -> None:
+    if not _first_rows:
+        names = sorted(name for name, value in raw.items() if isinstance(value, Tensor))
+        parts = (raw[name].contiguous().numpy().tobytes() for name in names)
+        _first_rows.append(zlib.crc32(b"".join(parts)))
+
+
 def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> MicroBatch:
     """The next micro-batch of this data-parallel replica, on this rank's device.
 
     Every rank of a replica reads the same rows itself (the data set is the same pure function of
     the sample number everywhere), so nothing is broadcast and every pipeline stage has the packing.
     """
-    raw = next(data_iterator)
-    per_token = {k: raw[k].cuda(non_blocking=True) for k in _PER_TOKEN if k in raw}
-    packing = _packing(raw) if "cu_seqlens" in raw else None
+    raw = next_rows(data_iterator, training)
+    if training:
+        _note_first_rows(raw)
+    names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
+    per_token = {name: raw[name] for name in names if name in raw}
+    if settings().full_weight:
+        per_token["full_weight"] = (per_token["token_kinds"] & settings().full_weight) != 0
+    # All of this is on the host, and so are the indices: reading one of the device would wait for
+    # everything that was launched before.
+    edges = _edges(raw) if "cu_seqlens" in raw else None
     size, held = mpu.get_context_parallel_world_size(), None
     if size > 1:
-        held = token_indices(
-            per_token["tokens"].shape[1],
-            size,
-            mpu.get_context_parallel_rank(),
-            None if packing is None else packing.boundaries,
-            per_token["tokens"].device,
-        )
-        per_token = {key: value.index_select(1, held) for key, value in per_token.items()}
-    return MicroBatch(**per_token, packing=packing, held=held, training=training)
+        length, rank = per_token["tokens"].shape[1], mpu.get_context_parallel_rank()
+        held = token_indices(length, size, rank, edges, torch.device("cpu"))
+        per_token = {name: value.index_select(1, held) for name, value in per_token.items()}
+        held = _to_device(held)
+    packing = None
+    if edges is not None:
+        packing = Packing(_to_device(edges), int(raw["max_seqlen"].max()))
+    on_device = {name: _to_device(value) for name, value in per_token.items()}
+    return MicroBatch(**on_device, packing=packing, held=held, training=training)
 
 
-def _packing(raw: dict[str, Tensor]) -> Packing:
-    # One packed row a micro-batch (flags/batch.py); it is filled up with copies of the last edge.
+def _edges(raw: dict[str, Tensor]) -> Tensor:
+    """cu_seqlens of the one packed row of a micro-batch (flags/batch.py), on the host."""
+    # It is filled up with copies of the last edge.
     # CP needs conversations padded to a multiple; the padding belongs to the conversation.
     edges = raw.get("cu_seqlens_padded", raw["cu_seqlens"])[0]
-    edges = edges[: int((edges < edges[-1]).sum()) + 1]
-    return Packing(edges.cuda(non_blocking=True), int(raw["max_seqlen"].max()))
+    return edges[: int((edges < edges[-1]).sum()) + 1]
+
+
+def _to_device(value: Tensor) -> Tensor:
+    """A copy that does not wait: from memory that is not pinned it would."""
+    pinned = value if value.is_pinned() else value.pin_memory()
+    return pinned.cuda(non_blocking=True)

@@ -19,6 +19,16 @@ from megatron_dft.step.batch import HeadFigures, MicroBatch
 _PLAIN = registry.get("sft")
 
 
+def _wait_for_weight(output_layer: Any, hidden_states: Tensor) -> None:
+    """Run what Megatron hangs before the layer's forward, which is not called here.
+
+    Under --overlap-param-gather that waits for the layer's weight and sends for the next layer's
+    (core/distributed/distributed_data_parallel.py); without it the weight of a step ago is read.
+    """
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, (hidden_states,))
+
+
 def output_processor(
     *,
     hidden_states: Tensor,
@@ -37,6 +47,7 @@ def output_processor(
         labels: int64 [b, s].
         context: the micro-batch; its `training` says whether to weigh, it gets its `head`.
     """
+    _wait_for_weight(output_layer, hidden_states)
     out = linear_head_loss(
         hidden_states,
         output_layer.weight if output_weight is None else output_weight,

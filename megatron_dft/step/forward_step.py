@@ -66,9 +66,21 @@ def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[M
         labels=batch.labels,
         loss_mask=batch.loss_mask,
         packed_seq_params=packed,
+        padding_mask=_padding_mask(batch, chunk),
         **route_2,
     )
     return batch, output_tensor
+
+
+def _padding_mask(batch: MicroBatch, chunk: Any) -> Tensor | None:
+    """What the chunk's routers leave out of their losses; None for a model without experts."""
+    mask, config = batch.padding_mask, chunk.config
+    if mask is None or chunk.pre_process or not config.sequence_parallel:
+        return mask
+    # Megatron cuts it for sequence parallelism where it embeds, on the first stage alone.
+    return mask.chunk(config.tensor_model_parallel_size, dim=1)[
+        mpu.get_tensor_model_parallel_rank()
+    ]
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:

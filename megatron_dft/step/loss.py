@@ -13,28 +13,40 @@ from torch import Tensor
 
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
-from megatron_dft.losses.report import loss_report
+from megatron_dft.losses.registry import Objective
+from megatron_dft.losses.report import CROSS_ENTROPY, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.step.batch import MicroBatch
 
 PLAIN = registry.get("sft")
+# What training steps report beside the cross entropy; training/output.py reads it.
+FIGURES = StepFigures()
+# log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
+_ROUNDING = 0.01
 
 
-def _token_loss(
-    batch: MicroBatch, output_tensor: Tensor, found: dict[str, Tensor]
+def token_loss(
+    batch: MicroBatch,
+    output_tensor: Tensor,
+    found: dict[str, Tensor],
+    objective: Objective,
+    kl_coeff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation."""
+    """(loss, cross entropy, weight), fp32 [b, s] each; the loss is plain in evaluation.
+
+    found: what the LogitsProbe saw, without `correct`.
+    """
     if batch.head is not None:  # route 2: the output processor has done it
         return output_tensor, batch.head.cross_entropy, batch.head.weight
     cross_entropy = output_tensor.float()
     # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
-    objective = settings().objective if batch.training else PLAIN
+    chosen = objective if batch.training else PLAIN
     stats = TokenStats(
         log_prob=-cross_entropy, mask=batch.loss_mask, **batch.token_stats(), **found
     )
-    loss, weight = objective(stats)
-    if batch.training and get_args().kl_coeff:
-        loss = loss + get_args().kl_coeff * torch.where(batch.loss_mask.bool(), found["kl"], 0.0)
+    loss, weight = chosen(stats)
+    if batch.training and kl_coeff:
+        loss = loss + kl_coeff * torch.where(batch.loss_mask.bool(), found["kl"], 0.0)
     return loss, cross_entropy, weight
 
 
@@ -55,31 +67,45 @@ def loss_func(
     correct = found.pop("correct", None)
     if batch.head is not None:
         correct = batch.head.correct
-    token_loss, cross_entropy, weight = _token_loss(batch, output_tensor, found)
-    loss = token_loss.sum()
-    _stop_on_bad_loss(loss)
-    report = loss_report(
-        settings().objective.name if batch.training else None,
-        cross_entropy,
-        token_loss,
-        weight,
-        batch.loss_mask,
-        correct,
-        found.get("kl"),
+    per_token, cross_entropy, weight = token_loss(
+        batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
+    loss = per_token.sum()
+    _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
+    compared = (correct, found.get("kl"), batch.ends)
+    figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
+    if not batch.training:
+        return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
+    names, sums = token_figures(settings().objective.name, *figures)
+    FIGURES.add(names, sums)
+    # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
+    report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 
-def _stop_on_bad_loss(loss: Tensor) -> None:
+def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:
+    """The loss, or NaN where a supervised token's cross entropy is none: inf, NaN or negative.
+
+    An objective may hide it: its weight is 0 where p is, and 0 · inf counts as 0. Scalar, detached;
+    stays on the device.
+    """
+    possible = (cross_entropy >= -_ROUNDING) & (cross_entropy < torch.inf)
+    impossible = (mask.bool() & ~possible).any()
+    return torch.where(impossible, torch.nan, loss.detach())
+
+
+def _stop_on_bad_loss(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> None:
     """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
     if not get_args().check_for_nan_in_loss_and_grad:
         return
     machine = get_rerun_state_machine()
-    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+    found = checked(loss, cross_entropy, mask)
+    nan = "NaN in the local loss, or a supervised token whose cross entropy is inf, NaN or negative"
+    for test, word in ((torch.isnan, nan), (torch.isinf, "inf in the local loss")):
         machine.validate_result(
-            result=loss,
+            result=found,
             rejection_func=test,
-            message=f"found {word} in the local loss",
+            message=f"found {word}",
             tolerance=0.0,
             fatal=True,
         )

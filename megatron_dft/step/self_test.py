@@ -1,150 +1,240 @@
 """The start-up self-test: does the objective's weight reach the gradient of this very model's loss?
 
 A fused cross entropy that ignores its upstream gradient, or assumes it uniform over tokens, turns
-DFT into SFT without a word. So before the first step the model's own loss function runs on random
-logits (or the chunked head on random hidden states) in its own vocabulary layout, and the gradient
-is compared with the dense formula.
+DFT into SFT without a word. So before the first step a few rows go through the loss as training
+takes it, in the run's own route, layout, dtype and reference, and the gradient is compared with a
+dense one in float64 (dense_gradient.py). Route 1: the model's own cross entropy on random logits of
+its whole vocabulary, KL included. Route 2: the chunked head on a few vocabulary rows, hidden states
+cut for sequence parallelism, d_hidden and dW. Some tokens are not supervised; conversations differ.
 
-Shapes: T tokens, V the local vocabulary, h hidden size.
+Shapes: b rows of s tokens, V/tp the local vocabulary, R a few rows of it, h hidden size.
 """
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import mpu
 from torch import Tensor
 
-from megatron_dft.losses import registry
-from megatron_dft.losses.linear_head import linear_head_loss
 from megatron_dft.losses.registry import Objective
-from megatron_dft.losses.token_stats import TokenStats
+from megatron_dft.step.batch import MicroBatch, Packing
+from megatron_dft.step.chunked_head import output_processor
+from megatron_dft.step.dense_gradient import dense_gradient
+from megatron_dft.step.loss import token_loss
 
 TOKENS = 16
-_GENERATOR_SEED = 250805629
+_VOCABULARY_ROWS = 256
+_SEED = 250805629
 
 
-def _tested(objective: Objective) -> Objective:
-    """The objective itself where it looks at single tokens; DFT's weight for the others."""
-    return objective if objective.per_token and not objective.needs else registry.get("dft")
+@dataclass(frozen=True)
+class SelfTest:
+    """What is tested.
+
+    model: GPTModel with an output layer and its LogitsProbe, unwrapped, training. vocab_size: real
+    vocabulary. dtype: of the logits in training; decides the tolerance. kl_coeff: of --kl-coeff.
+    """
+
+    model: Any
+    objective: Objective
+    vocab_size: int
+    dtype: torch.dtype
+    packing: bool = True
+    kl_coeff: float = 0.0
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The tensor-parallel ranks."""
+        return self.model.pg_collection.tp
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the loss looks at a reference's whole distribution."""
+        return bool(self.kl_coeff) or "kl" in self.objective.needs
+
+    def run(self, chunked: bool) -> float:
+        """The largest error relative to the largest entry of each gradient.
+
+        Args:
+            chunked: route 2, else route 1.
+
+        Raises:
+            RuntimeError: a gradient is not the objective's.
+        """
+        return _check_head(self) if chunked else _check_logits(self)
 
 
-def _whole_vocabulary(shard_TV: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, V] of every rank side by side."""
-    parts = [torch.empty_like(shard_TV) for _ in range(group.size())]
-    dist.all_gather(parts, shard_TV.contiguous(), group=group)
+def _generator(number: int) -> torch.Generator:
+    """The same random numbers for the same number on every rank."""
+    return torch.Generator().manual_seed(_SEED + number)
+
+
+def _batch(test: SelfTest, vocab_size: int, device: torch.device) -> tuple[MicroBatch, Tensor]:
+    """Labels that differ, conversations of several lengths, and uneven upstream gradients."""
+    size = dist.get_world_size(test.group)
+    tokens = -(-TOKENS // size) * size
+    shape = (1, tokens) if test.packing else (2, tokens // 2)
+    labels = torch.randperm(vocab_size, generator=_generator(0))[:tokens].view(shape)
+    mask = torch.ones(tokens)
+    mask[3::6] = 0.0
+    mask = mask.view(shape)
+    upstream = (torch.rand(shape, generator=_generator(1)) + 0.5).to(device)
+    packing = None
+    if test.packing:
+        edges = torch.tensor([0, 5, 11, tokens], dtype=torch.int32)
+        packing = Packing(edges.to(device), int(edges.diff().max()))
+    batch = MicroBatch(
+        tokens=labels.to(device),
+        labels=torch.where(mask.bool(), labels, -100).to(device),
+        loss_mask=mask.to(device),
+        position_ids=torch.arange(shape[1]).expand(shape).to(device),
+        packing=packing,
+        training=True,
+    )
+    return batch, upstream
+
+
+def _boosts(batch: MicroBatch, vocab_size: int) -> Tensor:
+    """[b, s] added to the target's logit: from hopeless to nearly certain, so that p covers (0, 1).
+
+    In eighths, which bf16 keeps.
+    """
+    highest = 8.0 + float(torch.tensor(float(vocab_size)).log())
+    steps = torch.linspace(0, highest, batch.tokens.numel()).mul(8).round().div(8)
+    return steps.view(batch.tokens.shape).to(batch.tokens.device)
+
+
+def _whole_vocabulary(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[b, s, V] of every rank side by side."""
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
 
 
-def reference_gradient(
-    logits: Tensor, labels: Tensor, upstream: Tensor, objective: Objective
-) -> Tensor:
-    """d(Σ upstream · loss)/d(logits) = upstream · w · (softmax − onehot), float64.
-
-    logits [T, whole vocabulary], labels int64 [T], upstream [T].
-    """
-    log_probs = logits.double().log_softmax(-1)
-    log_prob = log_probs.gather(-1, labels[:, None]).squeeze(-1)
-    _, weight = objective(TokenStats(log_prob, torch.ones_like(log_prob)))
-    onehot = torch.nn.functional.one_hot(labels, logits.shape[-1])
-    return (upstream.double() * weight)[:, None] * (log_probs.exp() - onehot)
+def _give_reference(batch: MicroBatch, whole: Tensor) -> None:
+    """Let a reference differ a little from the model in each target's probability."""
+    log_prob = whole.double().log_softmax(-1)
+    found = log_prob.gather(-1, batch.labels.clamp(min=0)[..., None]).squeeze(-1)
+    noise = torch.randn(found.shape, generator=_generator(2)).to(found.device)
+    batch.reference_log_prob = (found + 0.3 * noise).clamp(max=0.0).float()
 
 
-def _draw(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Labels int64 [T] and upstream gradients fp32 [T], the same on every rank of the group."""
-    generator = torch.Generator().manual_seed(_GENERATOR_SEED)
-    labels = torch.randint(vocab_size, (TOKENS,), generator=generator)
-    upstream = torch.rand(TOKENS, generator=generator) + 0.5
-    return labels.to(device), upstream.to(device)
+def _dense(test: SelfTest, whole: Tensor, batch: MicroBatch, upstream: Tensor, reference: Any):
+    copies = mpu.get_context_parallel_world_size()
+    return dense_gradient(
+        whole, batch, upstream, test.objective, test.kl_coeff, reference, copies=copies
+    )
 
 
-def _judge(
-    got: Tensor, expected: Tensor, group: dist.ProcessGroup, limit: float, name: str
-) -> float:
-    pair = torch.stack([(got.double() - expected).abs().max(), expected.abs().max()])
-    dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=group)
-    error = (pair[0] / pair[1].clamp(min=1e-30)).item()
-    if not error <= limit:
-        raise RuntimeError(
-            f"--loss {name}: self-test failed, the weight does not reach the gradient (relative "
-            f"error {error:.2g}, limit {limit:g}); a fused cross entropy may ignore its upstream "
-            "gradient: drop --cross-entropy-loss-fusion or update transformer-engine"
-        )
+def _judge(test: SelfTest, pairs: list[tuple[Tensor, Tensor]], limit: float) -> float:
+    """The largest error of (found, expected) over the tensor-parallel ranks."""
+    error = 0.0
+    for found, expected in pairs:
+        pair = torch.stack([(found.double() - expected).abs().max(), expected.abs().max()])
+        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=test.group)
+        error = max(error, (pair[0] / pair[1].clamp(min=1e-30)).item())
+        if not error <= limit:
+            raise RuntimeError(
+                f"--loss {test.objective.name}: self-test failed, the weight does not reach the "
+                f"gradient (relative error {error:.2g}, limit {limit:g}); a fused cross entropy "
+                "may ignore its upstream gradient: drop --cross-entropy-loss-fusion or update "
+                "transformer-engine"
+            )
     return error
 
 
-def check_gradient(model: Any, objective: Objective, vocab_size: int, dtype: torch.dtype) -> float:
-    """Self-test of the model's own cross entropy under the objective, on the last pipeline stage.
-
-    Args:
-        model: GPTModel with an output layer, unwrapped.
-        vocab_size: real vocabulary; labels are drawn below it.
-        dtype: of the logits in training; decides the tolerance.
-
-    Returns: the largest error relative to the largest gradient entry.
-
-    Raises:
-        RuntimeError: the gradient is not the objective's.
-    """
-    group, objective = model.pg_collection.tp, _tested(objective)
+def _check_logits(test: SelfTest) -> float:
+    model, group = test.model, test.group
     local = model.output_layer.output_size_per_partition
-    labels, upstream = _draw(vocab_size, next(model.parameters()).device)
-    generator = torch.Generator().manual_seed(group.rank() + 1)
-    shard = torch.randn(TOKENS, local, generator=generator).to(labels.device)
-    # From hopeless to nearly certain targets, so that p covers (0, 1).
-    ids = torch.arange(local, device=labels.device) + group.rank() * local
-    boost = torch.linspace(0, 12, TOKENS, device=labels.device)[:, None]
-    shard = torch.where(ids[None] == labels[:, None], shard + boost, shard).to(dtype)
+    device = next(model.parameters()).device
+    batch, upstream = _batch(test, test.vocab_size, device)
 
-    logits = shard.unsqueeze(1).requires_grad_()
+    def draw(number: int) -> Tensor:
+        """A shard [b, s, V/tp] of random logits, another one on each rank."""
+        shape = (*batch.tokens.shape, local)
+        return torch.randn(shape, generator=_generator(number + group.rank())).to(device)
+
+    ids = torch.arange(local, device=device) + group.rank() * local
+    shard = draw(100)
+    is_target = ids == batch.tokens[..., None]
+    shard = torch.where(is_target, shard + _boosts(batch, test.vocab_size)[..., None], shard)
+    shard = shard.to(test.dtype)
+    whole, reference = _whole_vocabulary(shard, group), None
+    _give_reference(batch, whole)
+    if test.needs_kl:
+        near = (shard.float() + 0.5 * draw(100_000)).to(test.dtype)
+        model.dft_probe.reference_logits = near
+        reference = _whole_vocabulary(near, group)
+
+    logits = shard.transpose(0, 1).contiguous().requires_grad_()
     # The cross entropy may overwrite its input, which a leaf does not allow.
-    cross_entropy = model.compute_language_model_loss(labels[None], logits * 1.0).float()
-    loss, _ = objective(TokenStats(-cross_entropy, torch.ones_like(cross_entropy)))
+    cross_entropy = model.compute_language_model_loss(batch.labels, logits * 1.0)
+    found = model.dft_probe.take()
+    found.pop("correct", None)
+    loss, _, _ = token_loss(batch, cross_entropy, found, test.objective, test.kl_coeff)
     (loss * upstream).sum().backward()
     assert logits.grad is not None
-    whole = _whole_vocabulary(shard.detach().float(), group)
-    expected = reference_gradient(whole, labels, upstream, objective)
-    expected = expected[:, group.rank() * local : (group.rank() + 1) * local]
+    expected = _dense(test, whole, batch, upstream, reference)
+    expected = expected[..., group.rank() * local : (group.rank() + 1) * local]
     # bf16 keeps 8 bits; Megatron's fused cross entropy gives a bf16 gradient even of fp32 logits.
-    fp32 = dtype == torch.float32 and not model.config.cross_entropy_loss_fusion
-    return _judge(logits.grad[:, 0], expected, group, 1e-5 if fp32 else 2e-2, objective.name)
+    fp32 = test.dtype == torch.float32 and not model.config.cross_entropy_loss_fusion
+    return _judge(test, [(logits.grad.transpose(0, 1), expected)], 1e-5 if fp32 else 2e-2)
 
 
-def check_head_gradient(
-    model: Any, objective: Objective, vocab_size: int, dtype: torch.dtype, chunk_size: int
-) -> float:
-    """Self-test of the chunked head on the model's own output weight: d_hidden by the formula.
+def _head_inputs(test: SelfTest, batch: MicroBatch, rows: int) -> tuple[Tensor, Tensor]:
+    """hidden [s, b, h] and this rank's weight [R, h], whose product the dtype keeps exactly.
 
-    Arguments, result and error as in `check_gradient`.
+    Each token's hidden state has a 1 in two places and the weights are eighths, so that logits are
+    the same numbers in bf16 and in the reference, and no weight lies on the other side of a border.
     """
-    group, objective = model.pg_collection.tp, _tested(objective)
-    weight = model.output_layer.weight
-    if model.share_embeddings_and_output_weights:
-        weight = model.shared_embedding_or_output_weight()
-    weight = weight.detach().to(dtype)
-    labels, upstream = _draw(vocab_size, weight.device)
-    generator = torch.Generator().manual_seed(_GENERATOR_SEED)
-    hidden = torch.randn(TOKENS, weight.shape[1], generator=generator).to(weight.device, dtype)
-    hidden = (hidden * 3 / weight.float().std() / weight.shape[1] ** 0.5).to(dtype)
-    dist.broadcast(hidden, dist.get_process_group_ranks(group)[0], group=group)
-    real = min(max(vocab_size - group.rank() * len(weight), 0), len(weight))
-    logits = hidden.float() @ weight.float().T
-    logits[:, real:] = float("-inf")
-    whole = _whole_vocabulary(logits, group)
-    # Half of the targets are the model's first choice, so that p covers (0, 1).
-    labels = torch.where(
-        torch.arange(TOKENS, device=labels.device) % 2 == 0, labels, whole.argmax(-1)
-    )
+    width = test.model.config.hidden_size
+    tokens, rank = batch.tokens.numel(), test.group.rank()
+    weight = torch.randint(-8, 9, (rows, width), generator=_generator(100 + rank)) / 8.0
+    flat = batch.tokens.t().reshape(-1).cpu()  # in the order of the hidden states, [s · b]
+    boosts = _boosts(batch, rows * test.group.size()).t().reshape(-1).cpu()
+    mine = (flat >= rank * rows) & (flat < (rank + 1) * rows)
+    places = torch.arange(tokens)
+    weight[(flat - rank * rows)[mine], places[mine]] += boosts[mine]
+    hidden = torch.zeros(tokens, width)
+    hidden[places, places] = 1.0
+    hidden[places, (places + 1) % width] += 1.0
+    hidden = hidden.view(*batch.tokens.t().shape, width)
+    device = batch.tokens.device
+    return hidden.to(device, test.dtype), weight.to(device, test.dtype)
 
-    hidden.requires_grad_()
-    out = linear_head_loss(
-        hidden, weight, labels, objective=objective, group=group, chunk_size=chunk_size,
-        vocab_size=vocab_size,
-    )  # fmt: skip
-    (out.loss * upstream).sum().backward()
-    assert hidden.grad is not None
-    gradient = reference_gradient(whole, labels, upstream, objective)
-    mine = gradient[:, group.rank() * len(weight) :][:, : len(weight)]
-    expected = mine @ weight.double()
-    dist.all_reduce(expected, group=group)
-    limit = 1e-4 if dtype == torch.float32 else 3e-2
-    return _judge(hidden.grad, expected, group, limit, objective.name)
+
+def _check_head(test: SelfTest) -> float:
+    model, group = test.model, test.group
+    device = next(model.parameters()).device
+    rows = min(_VOCABULARY_ROWS, test.vocab_size // group.size())
+    batch, upstream = _batch(test, rows * group.size(), device)
+    hidden, weight = _head_inputs(test, batch, rows)
+    whole = _whole_vocabulary((hidden.float() @ weight.float().t()).transpose(0, 1), group)
+    _give_reference(batch, whole)
+
+    is_cut = model.output_layer.sequence_parallel
+    own = hidden.chunk(group.size())[group.rank()] if is_cut else hidden
+    own, weight = own.clone().requires_grad_(), weight.requires_grad_()
+    loss = output_processor(
+        hidden_states=own,
+        output_layer=SimpleNamespace(
+            weight=weight, sequence_parallel=is_cut, _forward_pre_hooks={}
+        ),
+        output_weight=None,
+        labels=batch.labels,
+        context=batch,
+    )
+    (loss * upstream).sum().backward()
+    assert own.grad is not None and weight.grad is not None
+    dense = _dense(test, whole, batch, upstream, None)
+    mine = dense[..., group.rank() * rows : (group.rank() + 1) * rows].transpose(0, 1)
+    d_hidden = mine @ weight.detach().double()
+    dist.all_reduce(d_hidden, group=group)
+    if is_cut:
+        d_hidden = d_hidden.chunk(group.size())[group.rank()]
+    d_weight = torch.einsum("sbr,sbh->rh", mine, hidden.double())
+    limit = 1e-4 if test.dtype == torch.float32 else 3e-2
+    return _judge(test, [(own.grad, d_hidden), (weight.grad, d_weight)], limit)

@@ -1,1 +1,1 @@
-"""Reads at an offset, torch_dist's shards, safetensors' dtypes: what several packages need."""
+"""Files on disk: whole writes, hashes, safetensors, torch_dist."""

@@ -1,10 +1,9 @@
-"""Read slices of safetensors files and write such files tensor by tensor.
+"""Check and read safetensors files by offset.
 
-The `safetensors` package maps whole files (their pages count as this process's memory, and a file
-that shrinks underneath ends the process with SIGBUS) and writes a file only from a complete dict.
-Here a read is a `preadv` of the wanted bytes and a write is one tensor at its offset, so neither
-direction ever holds more than one tensor. Format: 8 bytes little-endian header length, a JSON
-header, the data.
+The `safetensors` package maps whole files: their pages count as this process's memory, and a file
+that shrinks underneath ends the process with SIGBUS. Here a read is a `preadv` of the wanted bytes.
+Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, a
+JSON header, the data.
 """
 
 import json
@@ -12,75 +11,106 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_dft.storage.dtypes import DTYPES, NAMES
-from megatron_dft.storage.overlap import WriteBehind
+from megatron_dft.storage.dtypes import DTYPES
 from megatron_dft.storage.pread import fill
+from megatron_dft.storage.tensor_info import TensorInfo
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BLOCK_BYTES = 32 * 2**20
-_WRITE_BYTES = 8 * 2**20  # so that a large tensor too is written behind window by window
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `file`, global `shape`, `dtype`, byte `offset` of its data."""
+class StoredTensor(TensorInfo):
+    """A tensor of a safetensors file: its data lies at byte `offset` of `file`, row by row."""
 
     file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     offset: int
 
-    @property
-    def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
 
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name; reads the header alone.
 
-    Raises ValueError when the header is not JSON, a dtype is unknown, a tensor's byte range does
-    not fit its shape, or the file is shorter or longer than its header says (a truncated download).
+    Raises ValueError when the header is not JSON, an entry is malformed, its dtype unknown, its
+    byte range not what its shape needs, two ranges overlap, or the file is shorter or longer than
+    its header says (a truncated download).
     """
     size = file.stat().st_size
     with open(file, "rb") as f:
         prefix = f.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            tensors = {}
-            end = 0
-            for name, entry in header.items():
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
-                begin, stop = entry["data_offsets"]
-                info = TensorInfo(
-                    file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin
-                )
-                if begin < 0 or any(n < 0 for n in info.shape) or stop - begin != info.nbytes:
-                    raise ValueError(f"tensor {name!r}: byte range and shape disagree")
-                end = max(end, stop)
-                tensors[name] = info
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: malformed safetensors header: {error}") from None
-    if size != 8 + length + end:
+        if len(prefix) < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{file}: {size} bytes are no safetensors file (header of {length} bytes); fetch "
+                "it again"
+            )
+        text = f.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_once)
+        if not isinstance(header, dict):
+            raise ValueError("expected a JSON object")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{file}: {size} bytes, but its header describes {8 + length + end} (truncated or "
-            "corrupt); fetch it again"
+            f"{file}: the safetensors header is not JSON (malformed safetensors header): {reason}"
+        ) from None
+    header.pop("__metadata__", None)
+    try:
+        tensors = {name: _entry(file, 8 + length, name, entry) for name, entry in header.items()}
+        end = _end_of_data(tensors, 8 + length)
+    except ValueError as error:
+        raise ValueError(f"{file}: malformed safetensors header: {error}") from None
+    if size != end:
+        how = "truncated" if size < end else "corrupt"
+        raise ValueError(
+            f"{file}: {size} bytes, but its header describes {end} ({how}); fetch it again"
         )
     return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is an int to isinstance
+
+
+def _entry(file: Path, data: int, name: str, entry: Any) -> StoredTensor:
+    """One line of the header; `data` is the file's first byte behind it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the entry of tensor {name!r} is no JSON object")
+    kind, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(f"tensor {name!r} is stored as {str(kind)[:40]}, which is not supported")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise ValueError(f"tensor {name!r} has the shape {str(shape)[:60]}, expected sizes")
+    if not isinstance(place, list) or len(place) != 2 or not all(map(_is_size, place)):
+        raise ValueError(f"tensor {name!r} has the data_offsets {str(place)[:60]}, expected two")
+    info = StoredTensor(tuple(shape), DTYPES[kind], file, data + place[0])
+    if place[1] - place[0] != info.nbytes:
+        raise ValueError(
+            f"tensor {name!r} has {place[1] - place[0]} bytes, its shape needs {info.nbytes}"
+        )
+    return info
+
+
+def _end_of_data(tensors: dict[str, StoredTensor], data: int) -> int:
+    """Where the last tensor ends; they follow each other without gap or overlap, as the format
+    asks."""
+    end = data
+    for name, info in sorted(tensors.items(), key=lambda t: (t[1].offset, t[1].nbytes)):
+        if info.offset != end:
+            what = "overlaps the one before" if info.offset < end else "leaves a gap before it"
+            raise ValueError(f"tensor {name!r} {what}")
+        end += info.nbytes
+    return end
 
 
 class Reader:
@@ -102,7 +132,7 @@ class Reader:
             self._fds[file] = os.open(file, os.O_RDONLY)
         return self._fds[file]
 
-    def read_into(self, info: TensorInfo, start: int, rows: torch.Tensor) -> None:
+    def read_into(self, info: StoredTensor, start: int, rows: torch.Tensor) -> None:
         """Rows from `start` on into `rows` (CPU, contiguous), converted to its dtype."""
         row_bytes = info.nbytes // max(info.shape[0], 1)
         if rows.dtype == info.dtype:
@@ -111,7 +141,9 @@ class Reader:
         for first, block in self.blocks(info, start, start + rows.shape[0]):
             rows.narrow(0, first - start, block.shape[0]).copy_(block)
 
-    def blocks(self, info: TensorInfo, start: int, stop: int) -> Iterable[tuple[int, torch.Tensor]]:
+    def blocks(
+        self, info: StoredTensor, start: int, stop: int
+    ) -> Iterable[tuple[int, torch.Tensor]]:
         """Rows `start:stop` (along axis 0) in blocks of at most 32 MiB: (first row, rows)."""
         row_shape = info.shape[1:]
         row_bytes = info.nbytes // max(info.shape[0], 1)
@@ -121,79 +153,6 @@ class Reader:
             self._fill(info, first * row_bytes, rows)
             yield first, rows
 
-    def _fill(self, info: TensorInfo, begin: int, rows: torch.Tensor) -> None:
+    def _fill(self, info: StoredTensor, begin: int, rows: torch.Tensor) -> None:
         if not fill(self._fd(info.file), rows, info.offset + begin):
             raise ValueError(f"{info.file}: its end is gone; it shrank while being read")
-
-
-class Writer:
-    """Writes one safetensors file; every tensor's name, shape and dtype are known in advance."""
-
-    def __init__(self, file: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._offsets: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, (shape, dtype) in tensors.items():
-            nbytes = dtype.itemsize
-            for n in shape:
-                nbytes *= n
-            header[name] = {
-                "dtype": NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [end, end + nbytes],
-            }
-            self._offsets[name] = (end, nbytes)
-            end += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data starts 8-byte aligned, as the format asks
-        self.file = file
-        self._base = 8 + len(text)
-        self._contents = tensors
-        self._left = {name: nbytes for name, (_, nbytes) in self._offsets.items()}
-        self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._behind = WriteBehind(self._fd)
-        os.write(self._fd, len(text).to_bytes(8, "little") + text)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._contents[name][1]
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the whole tensor (CPU, contiguous, of the announced dtype and size)."""
-        nbytes = self._offsets[name][1]
-        if tensor.nbytes != nbytes:
-            raise ValueError(f"{name}: {tensor.nbytes} bytes to write where {nbytes} are announced")
-        self._put(name, 0, tensor.reshape(-1))
-
-    def write_region(self, name: str, row: int, column: int, region: torch.Tensor) -> None:
-        """Write part of a tensor: `region` (CPU, announced dtype) from `row` and `column` on.
-
-        Regions must not overlap: what is written is counted, and `close` wants every element.
-        """
-        shape, dtype = self._contents[name]
-        width = self._offsets[name][1] // max(shape[0], 1)  # bytes a row
-        if region.dim() < 2 or region.shape[1:] == tuple(shape[1:]):
-            self._put(name, row * width, region.contiguous().reshape(-1))
-            return
-        for i, part in enumerate(region.contiguous()):
-            self._put(name, (row + i) * width + column * dtype.itemsize, part)
-
-    def _put(self, name: str, begin: int, flat: torch.Tensor) -> None:
-        view = memoryview(flat.view(torch.uint8).numpy())
-        self._left[name] -= len(view)
-        offset = self._base + self._offsets[name][0] + begin
-        while view:
-            count = os.pwrite(self._fd, view[:_WRITE_BYTES], offset)
-            view, offset = view[count:], offset + count
-            self._behind.wrote(count)
-
-    def close(self) -> None:
-        """Flush to the disk; raises ValueError when an announced tensor is not whole."""
-        missing = [name for name, left in self._left.items() if left != 0]
-        if missing:
-            raise ValueError(f"{self.file.name}: not written, or not once: {missing[:3]}")
-        self._behind.close()
-        os.close(self._fd)
-
-    def abandon(self) -> None:
-        self._behind.abandon()
-        os.close(self._fd)

@@ -11,12 +11,13 @@ from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
+from megatron_dft.training import agreement, trained_chat
 
 
 def build(
     args: Any, flag: str, num_samples: int | None, shuffle: bool, progress: bool = False
 ) -> ChatDataset:
-    """The data set of --train-data or --valid-data (`flag`) under the run's flags."""
+    """The data set of --train-data, --valid-data or --valid-share (`flag`)."""
     checkpoint = settings().checkpoint
     assert checkpoint is not None
     tokenizer = load_tokenizer(
@@ -25,7 +26,7 @@ def build(
     context = args.context_parallel_size
     options = dataset_options(args) | {"cache_dir": cache_directory(args)}
     return build_dataset(
-        args.train_data if flag == "--train-data" else args.valid_data,
+        args.valid_data if flag == "--valid-data" else args.train_data,
         tokenizer,
         seq_length=args.seq_length,
         num_samples=num_samples,
@@ -36,6 +37,8 @@ def build(
         progress=progress,
         flag=flag,
         reference_scores=settings().reference_scores if flag == "--train-data" else None,
+        vocab_size=settings().vocab_size,
+        held_out_part=flag == "--valid-share",
         **options,
     )
 
@@ -46,9 +49,16 @@ def prepare(args: Any) -> None:
     Called on the first rank of each node; the others find the cache when they build.
     """
     if args.train_data and not args.skip_train:
-        build(args, "--train-data", None, shuffle=True, progress=True)
-    if args.valid_data:
-        build(args, "--valid-data", None, shuffle=False, progress=True)
+        train = build(args, "--train-data", None, shuffle=True, progress=True)
+        if train.scores is not None:
+            train.scores.check_content(cache_directory(args))
+    if args.valid_data or args.valid_share:
+        build(args, _validation(args), None, shuffle=False, progress=True)
+
+
+def _validation(args: Any) -> str:
+    """The flag that names what is evaluated on."""
+    return "--valid-data" if args.valid_data else "--valid-share"
 
 
 def _guard_resume(args: Any, train: ChatDataset) -> None:
@@ -76,13 +86,16 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
     if args.train_data and not args.skip_train:
         train = build(args, "--train-data", num_samples[0], shuffle=True)
         _guard_resume(args, train)
+        trained_chat.record(args, train)
         counted = {name: count for name, count in train.counts.items() if count}
         print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
         if train.scores is not None:
             model = train.scores.header["model"]
             print_rank_0(f"> reference: stored scores of {model['name']}, made in {model['dtype']}")
-    if args.valid_data and (args.full_validation or args.eval_iters):
-        valid = build(args, "--valid-data", num_samples[1], shuffle=False)
+    if (args.valid_data or args.valid_share) and (args.full_validation or args.eval_iters):
+        valid = build(args, _validation(args), num_samples[1], shuffle=False)
+    found = {"--train-data": train, "--valid-data": valid}
+    agreement.check_start(args, {k: v.identity for k, v in found.items() if v is not None})
     return train, valid, None
 
 

@@ -11,6 +11,10 @@ from typing import Any
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.flags.settings import settings
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.dtypes import trained_word
+from megatron_dft.storage.files import read_json_object, sha256_of_file
+from megatron_dft.storage.torch_dist import read_tracker
 
 # Of each weight file this many blocks of this many bytes are read to tell one model from another.
 _BLOCKS, _BLOCK_BYTES = 32, 1 << 16
@@ -23,41 +27,27 @@ def run_identity() -> dict[str, Any]:
     """JSON values by the names that --allow-change takes; the same on every rank."""
     chosen = settings()
     identity: dict[str, Any] = {"loss": {"name": chosen.objective.name, **chosen.objective.values}}
+    if chosen.full_weight:  # absent where none do, as in what earlier runs have recorded
+        identity["loss"]["full_weight"] = chosen.full_weight
     if chosen.reference_scores is not None:
         scores = ReferenceScores(chosen.reference_scores)
         identity["loss"]["reference_scores"] = scores.header["sha256"]
+    weights: dict[Path, str] = {}
+    for checkpoint in (chosen.checkpoint, chosen.reference_checkpoint):
+        if checkpoint is not None and checkpoint.path not in weights:
+            weights[checkpoint.path] = _sample(checkpoint, hashlib.sha256())
+    if chosen.reference_checkpoint is not None:
+        identity["loss"]["reference_weights"] = weights[chosen.reference_checkpoint.path]
     if chosen.checkpoint is not None:
         path = chosen.checkpoint.path
-        identity["model"] = _model(path)
+        # Whether or not the weights are read again: they are where the run began.
+        identity["model"] = _model(path) | {"weights": weights[path]}
         identity["tokenizer"] = _hashes(path)
     return json.loads(json.dumps(identity))
 
 
-def _model(directory: Path) -> dict[str, Any]:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in config.items() if name not in _NOT_THE_MODEL}
-
-
-def _hashes(directory: Path) -> dict[str, str]:
-    found = {}
-    for name in _TOKENIZER_FILES:
-        if (directory / name).is_file():
-            with (directory / name).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return found
-
-
-def model_identity(args: Any) -> dict[str, Any]:
-    """What is scored: equal for equal weights and dtype, but for its `name`."""
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    if checkpoint_exists(args.load):
-        tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-        step = args.ckpt_step or tracker.read_text().strip()
-        return {"name": args.load, "weights": f"{Path(args.load).resolve()} at {step}",
-                "dtype": dtype}  # fmt: skip
-    checkpoint = settings().checkpoint
-    assert checkpoint is not None
-    found = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+def _sample(checkpoint: HFCheckpoint, found: Any) -> str:
+    """What tells weights from others, without reading them all; `found`: a hash, changed."""
     for path in sorted({info.file for info in checkpoint.tensors.values()}):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
@@ -65,5 +55,31 @@ def model_identity(args: Any) -> dict[str, Any]:
             for place in range(0, size, max(size // _BLOCKS, 1)):
                 file.seek(place)
                 found.update(file.read(_BLOCK_BYTES))
+    return found.hexdigest()[:32]
+
+
+def _model(directory: Path) -> dict[str, Any]:
+    config = read_json_object(directory / "config.json")
+    return {name: value for name, value in config.items() if name not in _NOT_THE_MODEL}
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    found = {}
+    for name in _TOKENIZER_FILES:
+        if (directory / name).is_file():
+            found[name] = sha256_of_file(directory / name)[:32]
+    return found
+
+
+def model_identity(args: Any) -> dict[str, Any]:
+    """What is scored: equal for equal weights and dtype, but for its `name`."""
+    dtype = trained_word(args)
+    if checkpoint_exists(args.load):
+        step = args.ckpt_step or read_tracker(Path(args.load))
+        return {"name": args.load, "weights": f"{Path(args.load).resolve()} at {step}",
+                "dtype": dtype}  # fmt: skip
+    checkpoint = settings().checkpoint
+    assert checkpoint is not None
+    found = _sample(checkpoint, hashlib.sha256((checkpoint.path / "config.json").read_bytes()))
     revision = "" if checkpoint.revision is None else f"@{checkpoint.revision}"
-    return {"name": checkpoint.name + revision, "weights": found.hexdigest()[:32], "dtype": dtype}
+    return {"name": checkpoint.name + revision, "weights": found, "dtype": dtype}

@@ -4,6 +4,7 @@ Nothing of Megatron is imported before the device is chosen: the CPU runtime has
 first. So Megatron, and what imports it, is imported inside functions here.
 """
 
+import contextlib
 import functools
 import os
 import socket
@@ -12,12 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft.compat import hooks, release
+from megatron_dft.compat import hooks, loopback, release, safe_load, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
-from megatron_dft.flags.defaults import requested_device, wants_cpu
+from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
+from megatron_dft.storage.safe_pickle import UnsafeFileError
+from megatron_dft.training import directories, waiting
 
 
 def launch(
@@ -37,17 +40,38 @@ def launch(
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
+    held = contextlib.ExitStack()
+
+    def prepare_and_hold(args: Any) -> None:
+        prepare(args)
+        if os.environ["RANK"] == "0":
+            held.enter_context(directories.owned(args, scoring))
+
+    with held:
+        return _launch(prepare_and_hold, work, scoring)
+
+
+def _launch(prepare: Callable[[Any], None], work: Callable[[Any], None], scoring: bool) -> int:
     try:
-        args = configure(sys.argv[1:], prepare, scoring)
+        args = configure(sys.argv[1:], functools.partial(_on_each_node, prepare), scoring)
+    except waiting.OthersRefused:
+        return REFUSED
     except (ValueError, AssertionError) as error:
         # Megatron checks its own flags by assertions.
-        if _is_first_local_rank():
-            print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        if os.environ.get("RANK", "0") == "0":
-            status.record("refused", one_line(error))
-        return REFUSED
-    work(args)
+        return _refuse(error)
+    try:
+        work(args)
+    except UnsafeFileError as error:
+        return _refuse(error)
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    if _is_first_local_rank():
+        print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        status.record("refused", one_line(error))
+    return REFUSED
 
 
 def configure(
@@ -63,19 +87,25 @@ def configure(
     Raises ValueError or AssertionError for a user's mistake.
     """
     _default_environment()
+    loopback.install()
     found = release.check_release()
     if wants_cpu(requested_device(argv)):
         runtime.activate()
         if os.environ["RANK"] == "0":
             print(f"megatron_dft: running on the CPU over gloo (megatron-core {found})", flush=True)
+    else:
+        wgrad_fusion.install()
+        torch_norm.install(has_transformer_engine())
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_dft.flags import recovery, scores
+    from megatron_dft.flags import output, recovery, scores
     from megatron_dft.flags.resolve import add_arguments
 
     hooks.check_release()
     release.skip_built_helpers()
+    safe_load.install()
+    safe_load.only_torch_dist()
     # Megatron's parse_and_validate_args with one step more: the data is read before
     # set_global_variables opens the first file to write.
     args = parse_args(
@@ -83,12 +113,19 @@ def configure(
     )
     if scoring:
         scores.leave_out_training(args)
+    output.follow_links(args)
     validate_args(args)
     recovery.check(args)
-    if _is_first_local_rank():
-        prepare(args)
+    prepare(args)
     set_global_variables(args)
     return args
+
+
+def _on_each_node(prepare: Callable[[Any], None], args: Any) -> None:
+    """The first rank of each node prepares; all ranks leave when every node is ready."""
+    with waiting.met_after():
+        if _is_first_local_rank():
+            prepare(args)
 
 
 def _default_environment() -> None:

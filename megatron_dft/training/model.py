@@ -8,8 +8,10 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_dft.compat import moe_losses
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.compat.loop import separate_mtp_losses
+from megatron_dft.flags.megatron import has_router_loss
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.config import apply_to_model_config
 from megatron_dft.hf.keys import with_te_keys
@@ -17,7 +19,8 @@ from megatron_dft.hf.load import load_hf_weights
 from megatron_dft.hf.padding import mask_padded_vocab
 from megatron_dft.lens.run import Lens, is_wanted
 from megatron_dft.step.logits_probe import LogitsProbe
-from megatron_dft.step.self_test import check_gradient, check_head_gradient
+from megatron_dft.step.self_test import SelfTest
+from megatron_dft.storage.dtypes import WORDS, trained_word
 from megatron_dft.training import fake_quantize
 from megatron_dft.training.reference_model import ReferenceModel
 
@@ -34,6 +37,8 @@ def model_config(args: Any, handle: ModelHandle) -> GPTModelConfig:
     """GPTModelConfig from Megatron's args; what this project adds are hooks on the built model."""
     if args.mtp_num_layers:
         separate_mtp_losses()
+    if args.num_experts and has_router_loss(args):
+        moe_losses.install()
     config = gpt_config_from_args(args)
     checkpoint = settings().checkpoint
     if args.transformer_impl == "local":
@@ -92,12 +97,12 @@ def prepare(chunks: list[Any], args: Any) -> None:
         if chosen.vocab_size is not None:
             mask_padded_vocab(chunk, chosen.vocab_size)
         LogitsProbe(chunk, chosen.objective, args.dft_mtp)
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        test = (chunk, chosen.objective, chosen.vocab_size or args.padded_vocab_size, dtype)
-        if args.loss_chunk_size is None:
-            error = check_gradient(*test)
-        else:
-            error = check_head_gradient(*test, args.loss_chunk_size)
+        dtype = WORDS[trained_word(args)]
+        vocab_size = chosen.vocab_size or args.padded_vocab_size
+        test = SelfTest(
+            chunk, chosen.objective, vocab_size, dtype, not args.no_packing, args.kl_coeff
+        )
+        error = test.run(chunked=args.loss_chunk_size is not None)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             print(
                 f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "

@@ -1,24 +1,30 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
-import hashlib
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
 
 from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.hf.secrets import masked_line
+from megatron_dft.losses.report import CROSS_ENTROPY
+from megatron_dft.step.loss import FIGURES
+from megatron_dft.storage.dtypes import WORDS
+from megatron_dft.storage.files import sha256_of_file
+from megatron_dft.training.end_watch import EndWatch
 from megatron_dft.training.model import ModelHandle
 from megatron_dft.training.progress import Progress, choose
+from megatron_dft.training.trained_chat import trained_chat
 
 _CARD_SETTINGS = (
     "lr",
+    "dft_full_weight",
     "train_iters",
     "global_batch_size",
     "seq_length",
@@ -42,6 +48,7 @@ class Output:
         self.args, self.handle = args, handle
         self.progress: Progress | None = None
         self.losses: dict[str, Any] = {}
+        self.ends = EndWatch()
 
     def install(self) -> None:
         """Hook the progress line and the exports into the training loop."""
@@ -49,11 +56,33 @@ class Output:
         after_training_step(self._after_step)
 
     def finish(self) -> None:
-        """The export at the end of training."""
+        """The export at the end of training, and whether the model has learnt to stop."""
+        warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
+        if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
+            print(f"> warning: {warning}", flush=True)
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
+    def _is_due(self, call: dict[str, Any]) -> bool:
+        """Whether anyone reads the figures of this step: a line, a writer, a held target."""
+        args, step = self.args, call["iteration"]
+        writes = args.tensorboard_dir or getattr(args, "wandb_project", "")
+        return bool(
+            step % args.log_interval == 0
+            or call.get("is_first_iteration")
+            or (writes and step % args.tensorboard_log_interval == 0)
+            or self.handle.lens.targets.controllers
+        )
+
     def _log(self, losses: dict[str, Any], call: dict[str, Any]) -> None:
+        skipped = bool(call["skipped_iter"])
+        FIGURES.close_step(keep=not skipped)
+        found: dict[str, Any] = {}
+        steps = 0
+        if self._is_due(call):
+            found, steps = FIGURES.take(mpu.get_data_parallel_group(with_context_parallel=True))
+            found.pop(CROSS_ENTROPY, None)  # Megatron has it from each step
+            losses.update(found)
         self.handle.lens.targets.before_log(losses)
         if self.progress is None:
             # One-time set-up here: the global batch and the writers exist only inside the loop.
@@ -68,8 +97,13 @@ class Output:
                 get_tensorboard_writer(),
             )
         self.progress.log(losses, call)
+        self.ends.log(losses)
+        # Megatron averages what it is told in each step; it has not heard of these steps yet.
+        unheard, total = steps - (not skipped), call["total_loss_dict"]
+        for name in found.keys() & losses.keys() if unheard else ():
+            total[name] = total.get(name, 0.0) + unheard * found[name]
         # As they are: reading them here would wait for the device in every step.
-        self.losses = losses
+        self.losses = {**self.losses, **losses}
 
     def _after_step(self, chunks: list[Any], iteration: int) -> None:
         self.handle.lens.after_step(chunks, iteration)
@@ -90,9 +124,10 @@ class Output:
             self.handle.chunks,
             checkpoint,
             directory,
-            dtype=getattr(torch, name) if name else None,
+            dtype=WORDS[name] if name else None,
             overwrite=self.args.overwrite,
             card=self._card(metrics[0]) if dist.get_rank() == 0 else None,
+            chat=trained_chat(self.args),
         )
         if dist.get_rank() == 0:
             print(f"> Hugging Face checkpoint: {path}", flush=True)
@@ -105,15 +140,15 @@ class Output:
             checkpoint,
             objective=objective.name,
             parameters={**objective.values, **chosen},
-            data={name: _sha256(name) for name in self.args.train_data or ()},
+            data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
-            command=shlex.join(sys.argv),
+            command=masked_line(sys.argv),
         )
 
 
-def _sha256(source: str) -> str:
+def _content(source: str) -> str:
+    """SHA-256 of a source that is one file."""
     path = Path(source.split(":", 1)[-1])
     if not path.is_file():
         return "not one file"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(path)

@@ -1,4 +1,4 @@
-"""Fixtures: those of the training tests, and a virtual Slurm cluster."""
+"""Fixture: a virtual Slurm cluster."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ import pytest
 
 from tests.cluster.slurm import LAB, Cluster
 from tests.cluster.stories import Stories
-from tests.train.conftest import chats, data_cache, tiny_model  # noqa: F401
 
 NODES = 8
 
@@ -41,7 +40,7 @@ def cluster():
 
 
 @pytest.fixture(scope="session")
-def stories(cluster, tiny_model, chats, data_cache, tmp_path_factory):  # noqa: F811
+def stories(cluster, tiny_model, chats, data_cache, tmp_path_factory):
     """The jobs, started when the first test asks for one."""
     told = Stories(cluster, tiny_model, chats, tmp_path_factory.mktemp("jobs"))
     try:

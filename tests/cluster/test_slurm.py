@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from tests.cluster.runs import assert_same_tensors, rows_of_steps, run
 from tests.cluster.slurm import ROOT
 from tests.cluster.stories import SAVES, STEPS, TP2_DP2, arguments
+from tests.recovery.runs import assert_same_tensors, rows_of_steps, run
 
 # For a machine that others load too; nothing waits longer than it has to.
 pytestmark = pytest.mark.timeout(900)

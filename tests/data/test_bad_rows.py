@@ -61,9 +61,23 @@ BAD = {
         "every assistant turn is left out by train: false or weight: 0",
     ),
     "odd weight": (
-        _row(USER, _said("assistant", "a", weight=0.5)),
-        "message 1: weight must be 0 or 1",
+        _row(USER, _said("assistant", "a", weight=-0.5)),
+        "message 1: weight must be a number of at least 0 that fp32 holds, not -0.5",
     ),
+    "tiny weight": (
+        _row(USER, _said("assistant", "a", weight=1e-60)),
+        "message 1: weight must be a number of at least 0 that fp32 holds",
+    ),
+    "word for weight": (
+        _row(USER, _said("assistant", "a", weight="1")),
+        "message 1: weight must be a number of at least 0, not '1'",
+    ),
+    "odd row weight": (_row(USER, ANSWER, weight=True), '"weight" must be a number'),
+    "mask by character": (
+        _row(USER, _said("assistant", "a", train_detail=[{"begin_offset": 0}])),
+        "message 1: train_detail masks by character",
+    ),
+    "long integer": (b'{"messages": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
     "odd train": (
         _row(USER, _said("assistant", "a", train="no")),
         "message 1: train must be true or false",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dft.data import cache, prepare, workers
+from megatron_dft.data import cache, prepare, verified, workers
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec
@@ -107,16 +107,18 @@ def test_the_cache_goes_by_content(tmp_path, tokenizer):
     assert key(path, encoder_spec(more)) != first
 
 
-def test_a_file_that_changes_is_hashed_again(tmp_path):
+def test_a_file_that_changes_is_hashed_again(tmp_path, monkeypatch):
     path, notes = tmp_path / "a.jsonl", tmp_path / "c"
     path.write_text("1")
     first = cache.content_hash(path, notes)
     assert not (notes / "hashes").exists(), "a file this young may still change"
     old = time.time() - 100
     os.utime(path, (old, old))
+    assert cache.content_hash(path, notes) == first and not (notes / "hashes").exists()
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)  # as if it had lain there for long
     assert cache.content_hash(path, notes) == first and list((notes / "hashes").iterdir())
     path.write_text("2")
-    os.utime(path, (old + 1, old + 1))
+    os.utime(path, (old, old))  # same name, size, inode and time of writing
     assert cache.content_hash(path, notes) != first
 
 
@@ -155,6 +157,94 @@ def test_a_damaged_store_is_refused(tmp_path, tokenizer):
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"is damaged: tokens.u32 has .* delete the directory"):
         _prepare([path], tokenizer, tmp_path / "c")
+
+
+def _flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.u32", "offsets.i64", "rows.i64", "files.i32", "weights.f32"]
+)
+def test_a_store_whose_content_changed_is_refused(tmp_path, tokenizer, name):
+    rows = _rows(5)
+    rows[2]["weight"] = 0.5
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    _prepare([path], tokenizer, tmp_path / "c")
+    file = next((tmp_path / "c" / "tokens").glob(f"*/{name}"))
+    status = os.stat(file)
+    _flip(file, 5)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ValueError, match=f"is damaged: {name} does not have the content that was"):
+        _prepare([path], tokenizer, tmp_path / "c")
+
+
+def test_offsets_beyond_the_tokens_are_refused(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    _prepare([path], tokenizer, tmp_path / "c")
+    file = next((tmp_path / "c" / "tokens").glob("*/offsets.i64"))
+    offsets = np.fromfile(file, dtype="<i8")
+    offsets[2] = 10**12
+    offsets.tofile(file)
+    with pytest.raises(ValueError, match="is damaged: offsets.i64"):
+        _prepare([path], tokenizer, tmp_path / "c")
+
+
+def test_a_store_is_hashed_once_on_each_node(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    _prepare([path], tokenizer, tmp_path / "c")
+    hashed = []
+    digest = verified.hashlib.file_digest
+    monkeypatch.setattr(
+        verified.hashlib, "file_digest", lambda f, kind: hashed.append(1) or digest(f, kind)
+    )
+    monkeypatch.setattr(cache, "content_hash", lambda path, notes: "same")
+    monkeypatch.setattr(cache, "digest", lambda value: "same")
+    _prepare([path], tokenizer, tmp_path / "d")
+    hashed.clear()
+    _prepare([path], tokenizer, tmp_path / "d")
+    assert not hashed, "who wrote it knows it"
+    monkeypatch.setattr(verified.socket, "gethostname", lambda: "another-node")
+    _prepare([path], tokenizer, tmp_path / "d")
+    _prepare([path], tokenizer, tmp_path / "d")
+    assert len(hashed) == 4, "four files, once"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"bytes": 3}', "[" * 100_000])
+def test_a_damaged_meta_is_one_line(tmp_path, tokenizer, text):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    _prepare([path], tokenizer, tmp_path / "c")
+    next((tmp_path / "c" / "tokens").glob("*/meta.json")).write_text(text)
+    with pytest.raises(ValueError, match="is damaged: meta.json .* delete the directory"):
+        _prepare([path], tokenizer, tmp_path / "c")
+
+
+@pytest.mark.parametrize("step", ["add", "finish"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeypatch, step):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"megatron_dft.data.store.StoreWriter.{step}", full)
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    with pytest.raises(ValueError, match="--data-cache: .* No space left on device; choose"):
+        _prepare([path], tokenizer, tmp_path / "c")
+    assert not [p for p in (tmp_path / "c" / "tokens").iterdir() if p.suffix != ".lock"]
+
+
+def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", _rows(20))
+    options = dict(seq_length=256, cache_dir=tmp_path / "c")
+    first = build_dataset([path], tokenizer, **options, seed=1)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("cache.write_atomically", "verified.write_atomically", "row_plan._save"):
+        monkeypatch.setattr(f"megatron_dft.data.{name}", refuse)
+    again = build_dataset([path], tokenizer, **options, seed=2)
+    assert len(again.conversations) == len(first.conversations) and len(again) == len(first)
 
 
 def test_processes_that_come_together_tokenise_once(tmp_path, tokenizer, monkeypatch):

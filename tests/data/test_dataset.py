@@ -33,6 +33,8 @@ def test_a_row_is_the_templates_text_shifted_by_one(tmp_path, tokenizer):
         "labels": (torch.int64, (64,)),
         "loss_mask": (torch.float32, (64,)),
         "position_ids": (torch.int64, (64,)),
+        "padding_mask": (torch.bool, (64,)),
+        "token_kinds": (torch.uint8, (64,)),
     }
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     used = data.conversations[0].shape[0] - 1

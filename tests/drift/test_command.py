@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
 import re
+import warnings
 
 import pytest
 import torch
 
 from megatron_dft.commands import drift as command
+from megatron_dft.drift import report, style
+from megatron_dft.drift.labels import labels_for
 from megatron_dft.drift.page import Picture, Section, Table, render
 from tests.drift.commands import fails, run
 from tests.drift.reference import perturbed, tiny_model, write
@@ -38,7 +42,9 @@ def test_files_agree(paths, tmp_path, capsys):
             want = report["methods"][row["method"]]["tensors"][row["name"]]
             assert float(row["update_norm"]) == want["update_norm"]
             assert row["sigma1"] == ("" if want["sigma1"] is None else str(want["sigma1"]))
-    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "cosine"}
+    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "near_zero"}
+    names |= {"principal", "principal_places"}
+    names |= {"agreement", "agreement_layers", "agreement_modules"}
     assert {p.stem for p in out.glob("*.png")} == names
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
@@ -78,7 +84,7 @@ def test_labels(paths, tmp_path):
     fails(command, "--labels: expected 2 different names", *paths, "--labels", "x", "x")
     fails(command, "--workers: expected 1 or more", *paths, "--workers", 0)
     same = [tmp_path / "r1" / "hf", tmp_path / "r2" / "hf"]
-    assert command.labels_for(same, None) == ["hf-1", "hf-2"]
+    assert labels_for(same, None) == ["hf-1", "hf-2"]
 
 
 def test_page_escapes_everything():
@@ -89,3 +95,31 @@ def test_page_escapes_everything():
         [Section(bad, [bad], [Picture(bad, b"", bad)], [Table((bad,), [[bad]], bad)], (bad, bad))],
     )
     assert "<img src=x" not in page and 'alert(1)>"' not in page
+
+
+def test_names_of_models_are_text_in_pictures_pages_and_tables_too(tmp_path):
+    """Formulas, underscores (a legend drops them), newlines, bytes that are no UTF-8."""
+    base = tiny_model()
+    nasty = ["$\\frac{$", "_hidden", "a\nb <script>", os.fsdecode(b"caf\xe9"), "x" * 200 + "$"]
+    paths = [write(tmp_path / "base", base)]
+    paths += [write(tmp_path / n, perturbed(base, i + 1)) for i, n in enumerate(nasty)]
+    out = tmp_path / "out"
+    result = command.compare(paths[0], paths[1:], nasty, workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.write(out, result, None)
+    assert len(list(out.glob("*.png"))) == 9
+    assert "<script>alert" not in (out / "report.html").read_text()
+    with (out / "drift.csv").open() as handle:
+        assert {row["method"] for row in csv.DictReader(handle)} >= set(nasty[:3])
+
+
+@pytest.mark.parametrize("text", ["$x$", "$", r"\$x$", "$$", "_a", "a\nb\x00", "ok"])
+def test_a_name_in_a_picture_is_drawn_letter_by_letter(text):
+    figure, (ax,) = style.figure()
+    ax.plot([0], [0], label=style.plain(text))
+    (shown,) = ax.legend().get_texts()
+    style.png(figure)
+    drawn, is_formula = shown._preprocess_math(shown.get_text())
+    assert not is_formula
+    assert drawn.strip() == "".join(c if c.isprintable() else " " for c in text).strip()

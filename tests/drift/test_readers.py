@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_dft.drift.checkpoint import open_checkpoint
 from megatron_dft.drift.torch_dist_reader import _runs
 from tests.drift.reference import assert_close, perturbed, statistics, tiny_model, write
-from tests.drift.test_statistics import report
+from tests.drift.reports import report
 from tests.hf.tiny import make_tiny
 from tests.ranks import run_ranks
 

@@ -9,8 +9,8 @@ from megatron_dft.gemma_checks import check_own_layers, same_own_layers
 
 from megatron_dft.hf.config import megatron_args, own_layers
 from megatron_dft.hf.source import open_checkpoint
+from tests.chats import write_chats
 from tests.hf.tiny import make_tiny
-from tests.train.conftest import write_chats
 from tests.train.launch import flags, largest_relative_error, run_train, weights
 
 LAYOUTS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_dft.training import fake_quantize
+from tests.chats import write_chats
 from tests.hf.tiny import make_tiny
-from tests.train.conftest import write_chats
 from tests.train.launch import flags, largest_relative_error, run_train, weights
 
 NONE = dict(qat="int8", save=None, load=None, num_experts=None, fp8=None)

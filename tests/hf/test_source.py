@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from megatron_dft.hf.config import megatron_args
 from megatron_dft.hf.source import open_checkpoint
-from megatron_dft.storage.safetensors import Reader, Writer, read_header
+from megatron_dft.storage.safetensors import Reader, read_header
+from megatron_dft.storage.safetensors_writer import Writer
 from tests.hf.tiny import make_tiny
 
 

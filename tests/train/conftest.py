@@ -1,40 +1,32 @@
-"""A tiny random Llama and a small chat data set with answers of very different lengths."""
+"""Runs that several tests of a file compare: each is made once."""
 
-import json
-import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from tests.hf.tiny import make_tiny
+from tests.train.launch import flags, run_train, weights
 
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    return make_tiny("llama", tmp_path_factory.mktemp("model") / "tiny", vocab_size=259)
+Trained = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 
-def write_chats(path, rows=48, seed=0, longest=24):
-    """Conversations whose supervised share runs from one token to most of the row."""
-    draw = random.Random(seed)
-    words = ["sum", "two", "seven", "is", "and", "then", "x"]
-    with open(path, "w") as file:
-        for _ in range(rows):
-            question = " ".join(draw.choices(words, k=draw.randint(1, 2)))
-            answer = " ".join(draw.choices(words, k=draw.randint(1, 4)))[: draw.randint(1, longest)]
-            turns = [("user", question), ("assistant", answer.strip() or "x")]
-            messages = [{"role": role, "content": text} for role, text in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+@pytest.fixture(scope="module")
+def train_once(tmp_path_factory, tiny_model, chats) -> Callable[..., Trained]:
+    """train_once(world_size, model=tiny_model, **flags) → figures of each step, exported weights.
 
+    A run is made when it is first asked for, and once a module.
+    """
+    directory: Path = tmp_path_factory.mktemp("runs")
+    made: dict[str, Trained] = {}
 
-@pytest.fixture(scope="session")
-def chats(tmp_path_factory):
-    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+    def train(world_size: int, model: Path = tiny_model, **given: Any) -> Trained:
+        key = repr((world_size, model, sorted(given.items())))
+        if key not in made:
+            out = directory / str(len(made))
+            argv = flags(model, chats, save_hf=out, **given)
+            made[key] = run_train(world_size, *argv), weights(out)
+        return made[key]
 
-
-@pytest.fixture(scope="session", autouse=True)
-def data_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        # The ranks inherit it: nothing of the tests goes to the user's cache.
-        patch.setenv("MEGATRON_DFT_DATA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+    return train

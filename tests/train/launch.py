@@ -1,9 +1,10 @@
 """Run `megatron_dft.train` on N gloo ranks of the fork server, and hear every figure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,6 +80,31 @@ def largest_relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) 
     return max(
         float((got[name] - expected[name]).norm() / expected[name].norm()) for name in expected
     )
+
+
+def assert_same_training(
+    got: tuple[list[dict[str, float]], dict[str, Tensor]],
+    expected: tuple[list[dict[str, float]], dict[str, Tensor]],
+    names: Sequence[str] | None = None,
+    weights_within: float = 1e-5,
+) -> None:
+    """The same figures, in each step equal to 1e-5 (`names`; None: all of them), equal weights."""
+    (ours, trained), (theirs, trained_once) = got, expected
+    assert len(ours) == len(theirs)
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert mine.keys() == other.keys()
+        for name in names or mine:
+            assert mine[name] == pytest.approx(other[name], abs=1e-5), (step, name)
+    assert largest_relative_error(trained, trained_once) <= weights_within
+
+
+def scalars(directory: Path) -> dict[str, float]:
+    """TensorBoard's last value of each tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
 def tolerate_exit() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.hf.tiny import make_tiny
-from tests.train.launch import flags, largest_relative_error, run_train, weights
+from tests.train.launch import assert_same_training
 
 LAYOUTS = {
     "ep2": dict(expert_model_parallel_size=2),
@@ -21,17 +21,8 @@ def moe(tmp_path_factory):
     return make_tiny("qwen3-moe", tmp_path_factory.mktemp("moe") / "model")
 
 
-@pytest.fixture(scope="module")
-def single(moe, chats, tmp_path_factory):
-    out = tmp_path_factory.mktemp("single") / "out"
-    return run_train(1, *flags(moe, chats, save_hf=out)), weights(out)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_expert_layouts(moe, chats, single, tmp_path, layout):
-    got = run_train(2, *flags(moe, chats, save_hf=tmp_path / "out", **LAYOUTS[layout]))
-    expected, expected_weights = single
-    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        for name in ("lm loss", "dft loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (step, name)
-    assert largest_relative_error(weights(tmp_path / "out"), expected_weights) <= 1e-4
+def test_expert_layouts(train_once, moe, layout):
+    got = train_once(2, moe, **LAYOUTS[layout])
+    compared = ("lm loss", "dft loss", "grad_norm")
+    assert_same_training(got, train_once(1, moe), compared, weights_within=1e-4)

@@ -1,10 +1,14 @@
 """Packed rows: the same training in every layout, and the same figures as unpacked rows."""
 
-import functools
-
 import pytest
 
-from tests.train.launch import flags, largest_relative_error, run_train, weights
+from tests.train.launch import (
+    assert_same_training,
+    flags,
+    largest_relative_error,
+    run_train,
+    weights,
+)
 
 LAYOUTS = {
     "tp2-sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
@@ -16,39 +20,15 @@ LAYOUTS = {
         dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model, chats):
-    directory = tmp_path_factory.mktemp("packed")
-
-    @functools.cache
-    def run(name):
-        world_size, layout = (1, {}) if name == "single" else LAYOUTS[name]
-        out = directory / name
-        argv = flags(
-            tiny_model,
-            chats,
-            save_hf=out,
-            no_packing=None,
-            micro_batch_size=1,
-            seq_length=96,
-            train_iters=3,
-            **layout,
-        )
-        return run_train(world_size, *argv), weights(out)
-
-    return run
+PACKED = dict(no_packing=None, micro_batch_size=1, seq_length=96, train_iters=3)
+COMPARED = ("lm loss", "dft loss", "dft/mean-prob", "dft/token-accuracy", "grad_norm")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_layouts_train_alike(run, layout):
-    expected, expected_weights = run("single")
-    got, trained = run(layout)
-    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        for name in ("lm loss", "dft loss", "dft/mean-prob", "dft/token-accuracy", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (step, name)
-    assert largest_relative_error(trained, expected_weights) <= 1e-5
+def test_packed_layouts_train_alike(train_once, layout):
+    world_size, given = LAYOUTS[layout]
+    got = train_once(world_size, **PACKED, **given)
+    assert_same_training(got, train_once(1, **PACKED), COMPARED)
 
 
 def test_one_epoch_packed_equals_one_epoch_unpacked(tiny_model, chats, tmp_path):

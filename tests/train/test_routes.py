@@ -1,10 +1,8 @@
 """Route 1 (Megatron's cross entropy) and route 2 (the chunked head) train alike, for every loss."""
 
-import functools
-
 import pytest
 
-from tests.train.launch import flags, largest_relative_error, run_train, weights
+from tests.train.launch import assert_same_training, flags, run_train
 
 LAYOUTS = {
     "single": (1, {}),
@@ -22,30 +20,12 @@ COMPARED = (
 )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model, chats):
-    directory = tmp_path_factory.mktemp("routes")
-
-    @functools.cache
-    def run(route, layout):
-        world_size, given = LAYOUTS[layout]
-        out = directory / f"{route}-{layout}"
-        chunk = {"loss_chunk_size": 16} if route == 2 else {}
-        argv = flags(tiny_model, chats, train_iters=20, save_hf=out, **chunk, **given)
-        return run_train(world_size, *argv), weights(out)
-
-    return run
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_of_both_routes(run, layout):
-    expected, expected_weights = run(1, "single")
-    got, trained = run(2, layout)
-    assert len(got) == len(expected) == 20
-    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        for name in COMPARED:
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (step, name)
-    assert largest_relative_error(trained, expected_weights) <= 1e-4
+def test_twenty_steps_of_both_routes(train_once, layout):
+    world_size, given = LAYOUTS[layout]
+    got = train_once(world_size, train_iters=20, loss_chunk_size=16, **given)
+    assert len(got[0]) == 20
+    assert_same_training(got, train_once(1, train_iters=20), COMPARED, weights_within=1e-4)
 
 
 LOSSES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.train.launch import flags, largest_relative_error, run_train, weights
+from tests.train.launch import flags, largest_relative_error, run_train, scalars, weights
 
 SEQ = 64
 
@@ -111,17 +111,9 @@ def test_evaluation_is_plain_cross_entropy(tiny_model, chats, tmp_path):
             logits = model(tokens[None, :-1]).logits[0]
         ce = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
         total, number = total + float((ce * mask).sum()), number + int(mask.sum())
-    scalars = _scalars(log)
-    assert scalars["lm loss validation"] == pytest.approx(total / number, abs=1e-4)
-    assert "dft loss validation" not in scalars
-
-
-def _scalars(directory):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    logged = scalars(log)
+    assert logged["lm loss validation"] == pytest.approx(total / number, abs=1e-4)
+    assert "dft loss validation" not in logged
 
 
 def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, chats, tmp_path):

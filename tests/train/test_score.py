@@ -330,3 +330,52 @@ def _cli(argv):
     from megatron_dft import cli
 
     return cli.main(["score", *argv])
+
+
+def test_scores_that_were_changed_since(tiny_model, chats, scores, tmp_path):
+    """Also where size and time of modification are as they were, and the hash was noted before."""
+    import os
+    import shutil
+
+    changed = tmp_path / "scores"
+    shutil.copytree(scores, changed)
+    file = changed / "scores.f32"
+    os.utime(file, (1e9, 1e9))
+    values = stored(changed)
+    check_content(changed, tmp_path)
+    assert list((tmp_path / "hashes").iterdir()) == []  # too fresh to be noted
+    (values - 5).tofile(file)
+    os.utime(file, (1e9, 1e9))
+    words = ["is not what was scored", "SHA-256", "score again"]
+    _is_refused("train", _iw_sft(tiny_model, chats, changed), words)
+
+
+def check_content(directory, cache):
+    from megatron_dft.data.reference_scores import ReferenceScores
+
+    (cache / "hashes").mkdir(exist_ok=True)
+    ReferenceScores(directory).check_content(cache)
+
+
+def test_the_hash_of_scores_is_taken_once_and_again_when_the_file_changes(
+    scores, tmp_path, monkeypatch
+):
+    import hashlib
+    import os
+    import shutil
+
+    from megatron_dft.data import cache
+
+    changed = tmp_path / "scores"
+    shutil.copytree(scores, changed)
+    file = changed / "scores.f32"
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1e9)
+    check_content(changed, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        check_content(changed, tmp_path)
+    times = file.stat()
+    (stored(changed) - 5).tofile(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="is not what was scored"):
+        check_content(changed, tmp_path)

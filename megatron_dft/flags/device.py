@@ -1,0 +1,75 @@
+"""What the device can do, and Transformer Engine on it: refused before anything is built.
+
+Megatron's own layers (`--transformer-impl local`) serve a GPU without transformer-engine for rows
+of one conversation. The CPU runtime brings layers of its own (cpu/layers.py), which do more.
+"""
+
+import argparse
+
+from megatron_dft.flags.defaults import has_transformer_engine
+from megatron_dft.losses.refusals import Refusal, given, refuse
+
+_INSTALL = "install transformer-engine, or drop it"
+
+_ON_GPU: dict[str, Refusal] = {
+    "use_cpu_initialization": Refusal(
+        bool,
+        "leaves the weights on the CPU while Hugging Face's are read and the gradient is tested "
+        "over NCCL",
+    ),
+}
+
+# What Megatron's own layers lack (megatron-core 0.19.2, core/transformer/dot_product_attention.py,
+# torch_norm.py, core/models/backends.py).
+_LOCAL: dict[str, Refusal] = {
+    "sequence_parallel": Refusal(bool, "is not in Megatron's own norm", _INSTALL),
+    "context_parallel_size": Refusal(
+        lambda size: size > 1, "is not in Megatron's own attention", _INSTALL
+    ),
+    "moe_grouped_gemm": Refusal(bool, "is transformer-engine's", _INSTALL),
+    "moe_permute_fusion": Refusal(bool, "is transformer-engine's", _INSTALL),
+    "fp8": Refusal(given, "is transformer-engine's", _INSTALL),
+    "fp4": Refusal(given, "is transformer-engine's", _INSTALL),
+    "tp_comm_overlap": Refusal(bool, "is transformer-engine's", _INSTALL),
+    "use_transformer_engine_op_fuser": Refusal(bool, "is transformer-engine's", _INSTALL),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag; nothing is parsed or checked."""
+    parser.add_argument_group("attention").add_argument(
+        "--require-fused-attention",
+        action="store_true",
+        help="end the run at its start where Transformer Engine would take unfused attention for "
+        "the rows of this model, which costs several times the step; default: warn",
+    )
+
+
+def check(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Raise one ValueError for what this device or its layers cannot do.
+
+    args: parsed, not yet validated by Megatron. on_cpu: whether the CPU runtime is active.
+    """
+    if args.require_fused_attention and (on_cpu or args.transformer_impl == "local"):
+        raise ValueError(
+            "--require-fused-attention: expected a GPU and transformer-engine, got "
+            f"{'a CPU' if on_cpu else '--transformer-impl local'}; drop it"
+        )
+    is_local = args.transformer_impl == "local"
+    if not is_local and not has_transformer_engine():
+        where = "on a CPU" if on_cpu else "without transformer-engine"
+        raise ValueError(
+            f"--transformer-impl: expected local {where}, got {args.transformer_impl}; "
+            "drop the flag" + ("" if on_cpu else ", or install transformer-engine")
+        )
+    if on_cpu:
+        return
+    refuse(args, _ON_GPU, "a GPU")
+    if not is_local:
+        return
+    if not args.no_packing:
+        raise ValueError(
+            "--no-packing: expected with --transformer-impl local, whose attention takes rows of "
+            "one conversation, got packed rows; install transformer-engine, or add --no-packing"
+        )
+    refuse(args, _LOCAL, "--transformer-impl local")
