@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(rewarded):,} samples: {right:,} correct, mean reward {mean:.3f}: {rewards}")
     strange = unusual(rewarded)
     _tell("verifier", strange)
-    kept, left = select(rewarded, rules)
+    kept, left = select(rewarded, rules, raw)
     _tell("left out", left)
     if not kept:
         raise ValueError(f"--keep {args.keep}: no sample is left to train on: {left}")
