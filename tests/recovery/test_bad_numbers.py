@@ -17,7 +17,7 @@ def _spoil(step, change):
 
     def token_loss(*args):
         loss, *rest = plain(*args)
-        if os.environ["RANK"] == "1" and get_args().curr_iteration == step - 1:
+        if os.environ["RANK"] == "1" and getattr(get_args(), "curr_iteration", None) == step - 1:
             loss = change(loss)
         return loss, *rest
 
