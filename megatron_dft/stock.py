@@ -129,6 +129,30 @@ def _objective() -> Objective | None:
     return _checked[1]
 
 
+_summed: set[Callable[..., LossResult]] = set()  # loss functions seen to return the sum
+
+
+def _check_sum(
+    loss: Tensor, num_tokens: Tensor, expected: Tensor, loss_func: Callable[..., LossResult]
+) -> None:
+    """Once a loss function: it returned the sum over tokens, and their number.
+
+    A fork's may do more to the cross entropy than sum it, and would do it to the token loss.
+    `expected`: float32 [2], Σ mask · token loss and Σ mask. Raises ValueError.
+    """
+    if loss_func in _summed:
+        return
+    total, count = (float(value) for value in expected)
+    got = float(loss.detach()), int(num_tokens)
+    if abs(got[0] - total) > 1e-3 * abs(total) + 1e-6 or got[1] != round(count):
+        raise ValueError(
+            f"--loss: {loss_func.__name__} of this script was expected to return the sum of the "
+            f"tokens' losses and their number, {total:.6g} and {count:.0f}, got {got[0]:.6g} and "
+            f"{got[1]}; take its own weighting out, or use megatron_dft.train"
+        )
+    _summed.add(loss_func)
+
+
 def weighted_loss(loss_func: Callable[..., LossResult]) -> Callable[..., LossResult]:
     """Megatron's loss_func(loss_mask, output_tensor, model=None), training on --loss.
 
@@ -148,6 +172,7 @@ def weighted_loss(loss_func: Callable[..., LossResult]) -> Callable[..., LossRes
         token_loss, weight = objective(TokenStats(log_prob=-cross_entropy, mask=mask))
         loss, num_tokens, report = loss_func(loss_mask, token_loss, model=model)
         ours = loss_report(objective.name, cross_entropy, token_loss, weight, mask, correct=None)
+        _check_sum(loss, num_tokens, ours[f"{objective.name} loss"], loss_func)
         assert CROSS_ENTROPY in report, f"Megatron's report has no {CROSS_ENTROPY!r}: {report}"
         return loss, num_tokens, report | ours
 

@@ -1,6 +1,6 @@
 """Time the drift statistics of a pair beside a bare numpy pass over the same two files.
 
-    python tools/drift_speed.py BASE TUNED [--repeats 5]
+    python tools/drift_speed.py BASE TUNED [--repeats 5] [--principal-k 1 8 64]
 
 The bare pass reads both safetensors files tensor by tensor, subtracts and takes the norm, in numpy
 (bfloat16 is widened by shifting, numpy has no such type). Both run in this process, in turn, with
@@ -55,11 +55,13 @@ def numpy_pass(base: Path, tuned: Path) -> float:
     return total**0.5
 
 
-def drift_pass(base: Path, tuned: Path, workers: int | None = None) -> float:
+def drift_pass(
+    base: Path, tuned: Path, workers: int | None = None, ks: tuple[int, ...] = ()
+) -> float:
     left, right = open_checkpoint(base), open_checkpoint(tuned)
     names = match(left, right).names
     summary = Summary(["tuned"])
-    for tensor in Comparison(left, [right], names, workers).run():
+    for tensor in Comparison(left, [right], names, workers, principal_ks=ks).run():
         summary.add(tensor)
     return summary.report()["methods"]["tuned"]["model"]["update_norm"]
 
@@ -100,11 +102,17 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("tuned", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--principal-k", type=int, nargs="*", default=[], metavar="K")
     args = parser.parse_args()
-    drift_pass(args.base, args.tuned)  # fills the page cache
+    ks = tuple(args.principal_k)
+
+    def drift(base: Path, tuned: Path) -> float:
+        return drift_pass(base, tuned, ks=ks)
+
+    drift(args.base, args.tuned)  # fills the page cache
     times: dict[str, list[float]] = {"numpy": [], "drift": []}
     for _ in range(args.repeats):
-        for name, function in (("numpy", numpy_pass), ("drift", drift_pass)):
+        for name, function in (("numpy", numpy_pass), ("drift", drift)):
             begin = time.perf_counter()
             norm = function(args.base, args.tuned)
             times[name].append(time.perf_counter() - begin)
@@ -115,7 +123,7 @@ def main() -> None:
     ratio = statistics.median(times["drift"]) / statistics.median(times["numpy"])
     print(f"ratio of the medians: {ratio:.2f}")
     largest = max(t.nbytes for t in open_checkpoint(args.base).tensors.values())
-    grown = peak_growth(lambda: drift_pass(args.base, args.tuned))
+    grown = peak_growth(lambda: drift(args.base, args.tuned))
     print(f"peak: {grown / 2**20:.0f} MiB = {grown / largest:.2f} x the largest tensor")
 
 

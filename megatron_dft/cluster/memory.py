@@ -6,12 +6,15 @@
 | gradients | 4 a parameter: Megatron accumulates them in fp32 |
 | optimizer | 12 a parameter (fp32 master weight and Adam's moments), 8 in fp32; over DP × CP ranks with --use-distributed-optimizer |
 | activations | per layer and token 8h + 4·(query + key-value width) + 6·ffn: what a layer keeps for its backward with flash attention and a gated MLP; over TP with --sequence-parallel, over CP; the first stage holds PP micro-batches at once |
-| logits | 10 a logit in Megatron's cross entropy (bf16, fp32, softmax); with --loss-chunk-size one chunk's |
+| reference | 2 a parameter (bf16), 4 in fp32: the frozen model of iw-sft, psft, asft and --kl-coeff, in the same layout |
+| logits | 10 a logit in Megatron's cross entropy (bf16, fp32, softmax); with --loss-chunk-size one chunk's, and 4 a token and hidden unit for the sum of their gradients; twice the logits where a KL compares two distributions |
+| reserve | 6 GB: CUDA context, NCCL buffers, fragmentation |
 
 The activation formula is Korthikanti et al. (arXiv 2205.05198, section 4) with its parts by name; it
 gives their 34·h for Llama's proportions.
 """  # noqa: E501
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_dft.cluster.model_shape import Shape
@@ -46,6 +49,8 @@ class Job:
     recompute: bool = False
     chunk: int | None = None
     distributed_optimizer: bool = True
+    reference: bool = False
+    kl: bool = False
     vocab_multiple: int = 128
 
     def micro_batches(self, layout: Layout) -> int:
@@ -60,14 +65,20 @@ class Bytes:
     weights: float
     gradients: float
     optimizer: float
+    reference: float
     activations: float
     logits: float
+    reserve: float = RESERVE
 
     @property
     def total(self) -> float:
-        """All of it, with the reserve."""
-        parts = self.weights + self.gradients + self.optimizer + self.activations + self.logits
-        return parts + RESERVE
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    def gigabytes(self) -> dict[str, float]:
+        """The parts in 10⁹ bytes, each rounded to 0.1, and their `sum`: it adds up as printed."""
+        parts = {name: round(v / 1e9, 1) for name, v in dataclasses.asdict(self).items()}
+        return parts | {"sum": round(sum(parts.values()), 1)}
 
 
 def states(shape: Shape, job: Job, layout: Layout, stage: int) -> tuple[float, float, float]:
@@ -105,9 +116,12 @@ def _activations(shape: Shape, job: Job, layout: Layout, stage: int) -> float:
 
 def _logits(shape: Shape, job: Job, layout: Layout) -> float:
     tokens = job.seq_length / layout.context
+    sums = 0.0
     if job.chunk is not None:
+        sums = 4 * tokens * shape.hidden
         tokens = min(tokens, job.chunk)
-    return 10 * tokens * shape.padded_vocab(layout.tensor, job.vocab_multiple) / layout.tensor
+    vocab = shape.padded_vocab(layout.tensor, job.vocab_multiple) / layout.tensor
+    return 10 * tokens * vocab * (2 if job.kl else 1) + sums
 
 
 def fullest(shape: Shape, job: Job, layout: Layout) -> Bytes:
@@ -121,6 +135,7 @@ def fullest(shape: Shape, job: Job, layout: Layout) -> Bytes:
                 weights,
                 gradients,
                 optimizer,
+                weights if job.reference else 0.0,
                 _activations(shape, job, layout, stage),
                 _logits(shape, job, layout) if last else 0.0,
             )

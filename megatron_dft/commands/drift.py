@@ -4,14 +4,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_dft.drift import report
 from megatron_dft.drift.checkpoint import Checkpoint, open_checkpoint
 from megatron_dft.drift.compare import Comparison
+from megatron_dft.drift.labels import labels_for
 from megatron_dft.drift.page import number
 from megatron_dft.drift.pair import match
 from megatron_dft.drift.summary import Summary
 
-SUMMARY = "measure what fine-tuning changed in the weights: norms, sparsity, layers, rank"
+SUMMARY = (
+    "measure what fine-tuning changed in the weights: norms, sparsity, layers, rank, subspaces"
+)
+LOAD_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,27 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", nargs="+", help="a name for each TUNED (default: its directory's name)"
     )
     parser.add_argument(
+        "--principal-k",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        metavar="K",
+        help="for each K, the share of the update in the base's K leading singular directions; 0 "
+        "leaves it out, which saves most of the time of a large model (%(default)s)",
+    )
+    parser.add_argument(
+        "--load-dtype",
+        choices=LOAD_DTYPES,
+        help="dtype in which a weight counts as changed (default: the coarsest one stored)",
+    )
+    parser.add_argument(
         "--workers", type=int, help="processes (default: all cores this one may use)"
     )
 
 
-def labels_for(paths: list[Path], given: list[str] | None) -> list[str]:
-    """One distinct label a path. Raises ValueError if `given` does not fit."""
-    if given is not None:
-        if len(given) != len(paths) or len(set(given)) != len(given):
-            raise ValueError(
-                f"--labels: expected {len(paths)} different names (one for each TUNED), got "
-                f"{' '.join(given)}; name each once"
-            )
-        return given
-    names = [p.resolve().name for p in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{n}-{i + 1}" for i, n in enumerate(names)]
-
-
 def compare(
-    base: Path, tuned: list[Path], labels: list[str], workers: int | None = None
+    base: Path,
+    tuned: list[Path],
+    labels: list[str],
+    workers: int | None = None,
+    principal_ks: list[int] | None = None,
+    load_dtype: str | None = None,
 ) -> dict[str, Any]:
     """The report's numbers. Shows a progress bar on stderr. ValueError for unfit checkpoints."""
     from rich.console import Console
@@ -61,7 +71,15 @@ def compare(
     left, rights = open_checkpoint(base), [open_checkpoint(p) for p in tuned]
     matches = [match(left, right) for right in rights]
     summary = Summary(labels)
-    comparison = Comparison(left, rights, matches[0].names, workers)
+    rounding = getattr(torch, load_dtype) if load_dtype else None
+    comparison = Comparison(
+        left,
+        rights,
+        matches[0].names,
+        workers,
+        principal_ks=principal_ks or (),
+        load_dtype=rounding,
+    )
     total = sum(left.tensors[n].nbytes for n in matches[0].names)
     columns = (TextColumn("drift"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -70,7 +88,8 @@ def compare(
             summary.add(tensor)
             progress.advance(task, left.tensors[tensor.name].nbytes)
     result = {
-        "format": 1,
+        "format": report.FORMAT,
+        "load_dtype": load_dtype or "stored",
         "base": str(base),
         "tuned": dict(zip(labels, map(str, tuned), strict=True)),
         "notes": list(dict.fromkeys(note for m in matches for note in m.notes)),
@@ -99,9 +118,12 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers: expected 1 or more processes, got {args.workers}")
     labels = labels_for(args.tuned, args.labels)
-    result = compare(args.base, args.tuned, labels, args.workers)
+    ks = sorted({k for k in args.principal_k if k})
+    if ks and ks[0] < 0:
+        raise ValueError(f"--principal-k: expected numbers from 1, or 0 for none, got {ks[0]}")
+    result = compare(args.base, args.tuned, labels, args.workers, ks, args.load_dtype)
     report.write(args.out, result, None)
-    shown = ("update_norm", "relative_norm", "unchanged_bf16", "top1pct_share")
+    shown = ("update_norm", "relative_norm", "unchanged", "unchanged_bf16", "changed_near_zero")
     for label in labels:
         model = result["methods"][label]["model"]
         print(f"{label}: " + ", ".join(f"{k} {number(model[k])}" for k in shown))

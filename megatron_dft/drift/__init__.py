@@ -1,10 +1,10 @@
 """Checkpoints compared: norms, sparsity, layers, retention, and the report.
 
 Offline, on files (no Megatron):
-    command → compare (checkpoint: safetensors_reader, torch_dist_reader; pair; names)
-            → moments, histogram, spectrum (one tensor) → summary (layers, modules, model)
-            → report (plots, page)
-    scoring (a base model on text) → retention, diagnosis → retention_report, diagnosis_report
+    command → compare (blocks; checkpoint: safetensors_reader, torch_dist_reader; pair; names)
+            → moments, histogram, spectrum, support, principal (one tensor) → group, summary
+            → report (drift_sections: conclusions, plots, where_plots, style, page)
+    scoring, sampling (a base model on text) → retention, diagnosis and their reports
 
 In training, on live shards (torch and process groups; Megatron in one module):
     training.UpdateTracker        update norms against the starting weights

@@ -4,7 +4,6 @@ Reads go block by block through buffers of a few hundred KiB; only a matrix whos
 rows are wanted is held as one float32 update.
 """
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,22 +11,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_dft.drift import forked
+from megatron_dft.drift import forked, principal, support
+from megatron_dft.drift.blocks import TASK, Blocks
 from megatron_dft.drift.checkpoint import Checkpoint, TensorReader
-from megatron_dft.drift.moments import BLOCK, BlockStatistics, Moments, dot
+from megatron_dft.drift.moments import BLOCK, Moments, count_support, dot
 from megatron_dft.drift.names import module_type
+from megatron_dft.drift.principal import Shares
 from megatron_dft.drift.spectrum import Spectrum, spectrum
 
 _WORKER_BYTES = 24 << 20  # blocks, and the interpreter's pages that a fork soon copies
-_TASK = 1 << 21  # elements: a worker takes up tensors until it has as many
 
 
 @dataclass
 class TensorDrift:
     """One tensor's update by each of M methods.
 
-    moments, spectra, row_norms: one item a method; a spectrum is None but for matrices, `row_norms`
-    (float32 [rows], ‖Δ_row‖) None but for embeddings and heads. `dots`: float64 [M, M], Σ Δ_i Δ_j.
+    moments, spectra, principal, row_norms: one item a method; spectrum and principal (by k) are
+    None but for matrices, `row_norms` (float32 [rows], ‖Δ_row‖) but for embeddings and heads.
+    `dots`: float64 [M, M], Σ Δ_i Δ_j; `both_changed`: int64 [M, M], weights that both changed.
     Arrays are numpy's: torch would pass tensors between processes through shared-memory files.
     """
 
@@ -36,41 +37,10 @@ class TensorDrift:
     moments: list[Moments]
     spectra: list[Spectrum | None]
     dots: np.ndarray
+    both_changed: np.ndarray
+    principal: list[dict[int, Shares] | None] = field(default_factory=list)
     row_norms: list[np.ndarray | None] = field(default_factory=list)
     base_row_norms: np.ndarray | None = None
-
-
-class _Blocks:
-    """One thread's buffers: a stored-dtype and a float32 block for each checkpoint."""
-
-    def __init__(self, checkpoints: int):
-        self.statistics = BlockStatistics()
-        self.raw = torch.empty(8 * BLOCK, dtype=torch.uint8)
-        self.float = [torch.empty(BLOCK) for _ in range(checkpoints)]
-        self.delta = [torch.empty(BLOCK) for _ in range(checkpoints - 1)]
-        self._update = torch.empty(_TASK)
-
-    def update(self, count: int) -> torch.Tensor:
-        """float32 [count] for a whole update, until the next call.
-
-        Reused where it is small; numpy asks for huge pages: both spare thousands of page faults.
-        """
-        if count <= len(self._update):
-            return self._update[:count]
-        return torch.from_numpy(np.empty(count, np.float32))
-
-    def read(
-        self, reader: TensorReader, dtype: torch.dtype, start: int, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Elements from `start` as float32 in `out` (float64 tensors: a new float64 block)."""
-        if dtype == torch.float32:
-            reader.read(start, out)
-            return out
-        raw = self.raw.view(dtype)[: out.numel()]
-        reader.read(start, raw)
-        if dtype == torch.float64:
-            return raw.clone()
-        return out.copy_(raw)
 
 
 class Comparison:
@@ -83,11 +53,16 @@ class Comparison:
         names: Sequence[str],
         workers: int | None = None,
         spectra: bool = True,
+        principal_ks: Sequence[int] = (),
+        load_dtype: torch.dtype | None = None,
     ):
+        """`principal_ks`: the k of `principal.shares`, none of them by default: they cost more than
+        all the rest. `load_dtype`: see `support`; None for the coarsest of those stored."""
         self._base, self._tuned, self._names = base, list(tuned), list(names)
         self._workers = workers or len(os.sched_getaffinity(0))
         self._spectra = spectra
-        self._blocks = _Blocks(1 + len(self._tuned))  # each worker has its own, by the fork
+        self._ks, self._load_dtype = tuple(principal_ks), load_dtype
+        self._blocks = Blocks(1 + len(self._tuned))  # each worker has its own, by the fork
 
     def run(self) -> Iterator[TensorDrift]:
         """Every tensor's drift, in the order in which they finish; none is kept here."""
@@ -101,7 +76,7 @@ class Comparison:
         for name in sorted(self._names, key=lambda n: -self._base.tensors[n].numel):
             if room <= 0:
                 tasks.append(([], self._resident(name)))
-                room = _TASK
+                room = TASK
             tasks[-1][0].append(name)
             room -= self._base.tensors[name].numel
         for tensors in forked.run(self._tensors, tasks, budget, self._workers):
@@ -112,49 +87,93 @@ class Comparison:
 
     def _whole(self, name: str) -> bool:
         shape = self._base.tensors[name].shape
-        return len(shape) == 2 and (self._spectra or module_type(name) in ("embed", "head"))
+        asked = self._spectra or self._ks or module_type(name) in ("embed", "head")
+        return len(shape) == 2 and bool(asked)
 
     def _resident(self, name: str) -> int:
-        """Bytes held while a tensor is measured, besides a worker's own: its float32 update."""
-        return 4 * self._base.tensors[name].numel if self._whole(name) else 0
+        """Bytes held while a tensor is measured, besides a worker's own: one float32 copy, which is
+        the base first and each update in turn, and the bases of its subspaces."""
+        if not self._whole(name):
+            return 0
+        info = self._base.tensors[name]
+        width = 2 * principal.basis_width(max(self._ks)) if self._ks else 0
+        return 4 * (info.numel + sum(info.shape) * min(width, *info.shape))
 
     def _tensor(self, name: str) -> TensorDrift:
-        shape, total = self._base.tensors[name].shape, self._base.tensors[name].numel
+        info = self._base.tensors[name]
+        shape, total = info.shape, info.numel
         readers = [c.open(name) for c in (self._base, *self._tuned)]
-        methods, whole = len(self._tuned), self._whole(name)
+        methods = len(self._tuned)
+        whole = self._blocks.whole(total) if self._whole(name) else None
+        threshold, subspaces = self._of_base(name, whole)
         moments = [Moments() for _ in range(methods)]
-        dots = np.zeros((methods, methods))
+        dots, both = np.zeros((methods, methods)), np.zeros((methods, methods), dtype=np.int64)
         # With one method the pass that sums also keeps the update; with more, memory holds one.
-        kept = self._blocks.update(total) if whole and methods == 1 else None
+        kept = whole if methods == 1 else None
         base_rows = self._row_sums(name) if module_type(name) in ("embed", "head") else None
         for start in range(0, total, BLOCK):
             stop = min(start + BLOCK, total)
             target = [kept[start:stop]] if kept is not None else None
-            base, deltas = self._block(name, readers, start, stop, moments, target)
+            base, deltas, changed = self._block(name, readers, start, stop, moments, target)
+            near = support.is_near_zero(base, threshold, self._blocks.near_zero)
             for i in range(methods):
-                for j in range(i, methods):
-                    dots[i, j] += dot(deltas[i], deltas[j]) if i != j else 0.0
+                count_support(moments[i], changed[i], near)
+                for j in range(i + 1, methods):
+                    dots[i, j] += dot(deltas[i], deltas[j])
+            both += support.intersections(changed)
             if base_rows is not None:
                 _add_rows(base_rows, base, start, shape[1])
         for i in range(methods):
             dots[i, i] = moments[i].delta_sq
-        result = TensorDrift(name, shape, moments, [], np.triu(dots) + np.triu(dots, 1).T)
+        result = TensorDrift(name, shape, moments, [], np.triu(dots) + np.triu(dots, 1).T, both)
         if base_rows is not None:
             result.base_row_norms = base_rows.sqrt().float().numpy()
         for i in range(methods):
             delta = None
-            if whole:
-                delta = kept if kept is not None else self._update(name, readers, i)
+            if whole is not None:
+                delta = whole if kept is not None else self._update(name, readers, i, whole)
                 delta = delta.view(shape)
-            energy = moments[i].delta_sq
-            wanted = delta is not None and self._spectra
-            result.spectra.append(spectrum(delta, energy) if wanted and delta is not None else None)
-            result.row_norms.append(
-                torch.linalg.vector_norm(delta, dim=1).numpy()
-                if delta is not None and base_rows is not None
-                else None
-            )
+            self._of_update(result, delta, moments[i].delta_sq, subspaces)
         return result
+
+    def _of_base(
+        self, name: str, whole: torch.Tensor | None
+    ) -> tuple[float, principal.Directions | None]:
+        """The base's near-zero threshold and leading directions. `whole` then holds the base."""
+        info, blocks = self._base.tensors[name], lambda: self._blocks.stream(self._base, name)
+        wanted = whole is not None and bool(self._ks) and min(info.shape) > 0
+        if whole is not None and wanted:
+            for start, block in zip(range(0, info.numel, BLOCK), blocks(), strict=True):
+                whole[start : start + len(block)] = block
+            held: torch.Tensor = whole
+            blocks = lambda: iter(held.split(BLOCK))  # noqa: E731
+        is_coarse = info.dtype == torch.bfloat16
+        threshold = support.quantile(blocks, info.numel, is_coarse, support.QUANTILE)
+        if whole is None or not wanted:
+            return threshold, None
+        if not all(bool(torch.isfinite(part).all()) for part in held.split(BLOCK)):
+            return threshold, None  # the pass over the blocks says where
+        return threshold, principal.directions(whole.view(info.shape), max(self._ks))
+
+    def _of_update(
+        self,
+        result: TensorDrift,
+        delta: torch.Tensor | None,
+        energy: float,
+        subspaces: principal.Directions | None,
+    ) -> None:
+        """Append what is measured on one method's whole update (None: not a matrix)."""
+        is_embedding = result.base_row_norms is not None
+        spectral = spectrum(delta, energy) if delta is not None and self._spectra else None
+        shares = None
+        if delta is not None and subspaces is not None:
+            shares = principal.shares(delta, energy, subspaces, self._ks)
+        norms = None
+        if delta is not None and is_embedding:
+            norms = torch.linalg.vector_norm(delta, dim=1).numpy()
+        result.spectra.append(spectral)
+        result.principal.append(shares)
+        result.row_norms.append(norms)
 
     def _row_sums(self, name: str) -> torch.Tensor | None:
         shape = self._base.tensors[name].shape
@@ -168,15 +187,16 @@ class Comparison:
         stop: int,
         moments: list[Moments],
         target: list[torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Read one block on all sides, add it to `moments`; the float32 base and updates."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[np.ndarray]]:
+        """Read one block on all sides, add it to `moments`; the float32 base, the updates, and
+        which entries each changed."""
         blocks, n = self._blocks, stop - start
         kinds = [c.tensors[name].dtype for c in (self._base, *self._tuned)]
         values = [
             blocks.read(reader, kind, start, out[:n])
             for reader, kind, out in zip(readers, kinds, blocks.float, strict=True)
         ]
-        base, deltas = values[0], []
+        base, deltas, changed = values[0], [], []
         for i, tuned in enumerate(values[1:]):
             delta = target[i] if target else blocks.delta[i][:n]
             if torch.float64 in (base.dtype, tuned.dtype):
@@ -188,12 +208,16 @@ class Comparison:
             if not fine:
                 raise self._not_finite(name, base, tuned, i, start)
             deltas.append(delta)
-        return base.float(), deltas
+            load = support.load_dtype(kinds[0], kinds[i + 1], self._load_dtype)
+            rounding = None if kinds[0] == kinds[i + 1] == load else load
+            changed.append(support.changed(base, tuned, delta, rounding, self._blocks.changed[i]))
+        return base.float(), deltas, changed
 
-    def _update(self, name: str, readers: list[TensorReader], method: int) -> torch.Tensor:
-        """The whole update of one method, float32, read once more."""
+    def _update(
+        self, name: str, readers: list[TensorReader], method: int, update: torch.Tensor
+    ) -> torch.Tensor:
+        """The whole update of one method in `update`, float32, read once more."""
         total = self._base.tensors[name].numel
-        update = self._blocks.update(total)
         kinds = [self._base.tensors[name].dtype, self._tuned[method].tensors[name].dtype]
         blocks = self._blocks
         for start in range(0, total, BLOCK):
@@ -235,16 +259,3 @@ def _add_rows(sums: torch.Tensor, block: torch.Tensor, start: int, columns: int)
         norms = torch.linalg.vector_norm(part.view(rows, -1), dim=1).double()
         sums[row : row + rows] += norms**2
         position += count
-
-
-def cosine(dots: np.ndarray) -> list[list[float | None]]:
-    """Cosines [M][M] from summed dot products; None where an update is zero."""
-    size = len(dots)
-    norms = [math.sqrt(float(dots[i, i])) for i in range(size)]
-    return [
-        [
-            float(dots[i, j]) / (norms[i] * norms[j]) if norms[i] and norms[j] else None
-            for j in range(size)
-        ]
-        for i in range(size)
-    ]

@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.colors import LogNorm
 
-from megatron_dft.drift import plots
+from megatron_dft.drift import style
 from megatron_dft.drift.diagnosis import BINS, LOW, SURE_NATS
+from megatron_dft.drift.labels import model_name
 from megatron_dft.drift.page import Picture, Section, Table, render
 from megatron_dft.storage.files import write_whole
 
@@ -26,24 +27,26 @@ _EDGES = [i / BINS for i in range(BINS)]
 
 
 def _overall(result: dict[str, Any]) -> bytes:
-    picture, (left, right) = plots.figure(2)
+    picture, (left, right) = style.figure(2)
     overall = result["overall"]
     shares = [c / overall["tokens"] for c in overall["histogram"]]
-    left.bar(_EDGES, shares, 1 / BINS, align="edge", color=plots.colour(0), edgecolor="white")
-    left.axvline(overall["mean_prob"], color=plots.colour(1), label="mean")
-    left.set(title="The base's probability of each target", xlabel="p", ylabel="share of tokens")
+    left.bar(_EDGES, shares, 1 / BINS, align="edge", color=style.colour(0), edgecolor="white")
+    left.axvline(overall["mean_prob"], color=style.colour(1), ls="--", label="mean")
+    name = style.plain(model_name(result.get("model", "the base")))
+    left.set(title=f"{name}: probability of each target", xlabel="p", ylabel="share of tokens")
     left.legend(frameon=False)
     values = [overall["low"], overall["low_sft_gradient"] or 0, overall["low_dft_gradient"] or 0]
     names = ("of the tokens", "of SFT's gradient", "of DFT's gradient")
-    right.bar(names, values, 0.6, color=[plots.colour(i) for i in (5, 0, 1)])
+    for name, value, i in zip(names, values, (5, 0, 1), strict=True):
+        right.bar([name], [value], 0.6, **style.bar(i))
     for i, value in enumerate(values):
         right.text(i, value, f"{value:.1%}", ha="center", va="bottom")
     right.set(title=f"Share that tokens with p < {LOW} have", ylim=(0, 1.08))
-    return plots.png(picture)
+    return style.png(picture)
 
 
 def _groups(result: dict[str, Any]) -> bytes:
-    picture, axes = plots.figure(2, 3.8)
+    picture, axes = style.figure(2, 3.8)
     panels = (("places", "token's place in the answer"), ("classes", "token class"))
     for ax, (key, name) in zip(axes, panels, strict=True):
         rows = list(result[key].values())
@@ -56,17 +59,17 @@ def _groups(result: dict[str, Any]) -> bytes:
             cmap="Blues",
         )
         means = [r["mean_prob"] for r in rows]
-        ax.plot(range(len(rows)), means, "o", color=plots.colour(1), label="mean", clip_on=False)
-        ax.set_xticks(range(len(rows)), [plots.plain(str(k)) for k in result[key]])
+        ax.plot(range(len(rows)), means, "o", color=style.colour(1), label="mean", clip_on=False)
+        ax.set_xticks(range(len(rows)), [style.plain(str(k)) for k in result[key]])
         ax.grid(False)
         ax.set(title=f"Probability by {name}", ylabel="p")
         picture.colorbar(image, ax=ax, label="share of the group")
     axes[1].legend(loc="upper right", fontsize=8)
-    return plots.png(picture)
+    return style.png(picture)
 
 
 def _map(result: dict[str, Any]) -> bytes:
-    picture, (ax,) = plots.figure(1, 4.0)
+    picture, (ax,) = style.figure(1, 4.0)
     edges, counts = result["map"]["entropy_edges"], result["map"]["counts"]
     # Empty cells stay white: a zero has no logarithm.
     data = [[c or float("nan") for c in row] for row in counts]
@@ -88,7 +91,7 @@ def _map(result: dict[str, Any]) -> bytes:
     ax.set(xlabel="entropy of the base's prediction (nats)", ylabel="p of the target")
     ax.grid(False)
     picture.colorbar(image, ax=ax, label="tokens")
-    return plots.png(picture)
+    return style.png(picture)
 
 
 def _list(rows: list[dict[str, Any]], caption: str) -> Table:
@@ -101,14 +104,42 @@ def _list(rows: list[dict[str, Any]], caption: str) -> Table:
     return Table(columns, body, caption if rows else f"{caption} None.")
 
 
+def _expectation(result: dict[str, Any]) -> str:
+    found, places = result["without_special"], result["places"]
+    first, last = next(iter(places)), list(places)[-1]
+    text = (
+        f"The model gives what it is to learn a mean probability of {found['mean_prob']:.2f}; "
+        f"{found['low']:.1%} of the tokens are below {LOW}, take "
+        f"{found['low_sft_gradient'] or 0:.0%} of SFT's gradient and "
+        f"{found['low_dft_gradient'] or 0:.0%} of DFT's"
+    )
+    if first != last:
+        rise = places[last]["mean_prob"] - places[first]["mean_prob"]
+        where = "an answer's beginning" if rise > 0.05 else "its end" if rise < -0.05 else None
+        text += f"; {where} surprises it most" if where else "; all places surprise it alike"
+    return text + "."
+
+
+def _unlikely(result: dict[str, Any]) -> str:
+    found = result["without_special"]
+    if not found["low"]:
+        return f"No token is below {LOW}: neither outliers nor missing knowledge."
+    sure = found["low_sure"] / found["low"]
+    kind = "contradict what it is sure of" if sure > 0.5 else "are things it does not know"
+    text = f"Of the unlikely tokens {sure:.0%} meet a model that is sure of something else: "
+    return f"{text}most {kind}."
+
+
 def sections(result: dict[str, Any]) -> list[Section]:
     advice = result["recommendation"]
+    name = model_name(result.get("model", "the base"))
     tables = [
         Table((name, *_FIELDS), [[k, *(row[f] for f in _FIELDS)] for k, row in rows.items()])
         for name, rows in (
             (
                 "all",
-                {"all": result["overall"], "without special tokens": result["without_special"]},
+                {"all": result["overall"], "without special tokens": result["without_special"]}
+                | ({"ends of answers": result["ends"]} if result["ends"] else {}),
             ),
             ("place in the answer", result["places"]),
             ("token class", result["classes"]),
@@ -118,10 +149,13 @@ def sections(result: dict[str, Any]) -> list[Section]:
         Section(
             "Recommendation",
             result.get("notes", ()),
-            verdict=(f"--loss {advice['loss']}", advice["reason"]),
+            verdict=(
+                f"--loss {advice['loss']}",
+                " ".join(advice[key] for key in ("reason", "ends") if key in advice),
+            ),
         ),
         Section(
-            "What the base expects",
+            f"What {name} expects",
             [
                 f"low: share of tokens with p < {LOW}; low_sure those of them where the base's "
                 f"entropy is below {SURE_NATS} nat, low_unsure the others; low_sft_gradient and "
@@ -132,6 +166,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
                 Picture("groups.png", _groups(result), "Columns add up to 1; dots are means."),
             ],
             tables,
+            meaning=_expectation(result),
         ),
         Section(
             "Outliers or missing knowledge",
@@ -146,6 +181,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
                 _list(result["missing_knowledge"], "Missing knowledge: low p, high entropy."),
                 _list(result["rare_but_right"], "Rare but right: rare here, p above 0.5."),
             ],
+            meaning=_unlikely(result),
         ),
     ]
 
@@ -159,5 +195,6 @@ def write(directory: Path, result: dict[str, Any]) -> None:
         for picture in part.pictures:
             write_whole(directory / picture.name, picture.png)
     subtitle = f"model {result.get('model', '')} · data {result.get('data', '')}"
-    page = render("Is DFT the right loss for this data?", subtitle, parts)
+    name, data = (model_name(result.get(k, "")) for k in ("model", "data"))
+    page = render(f"Is DFT the right loss to teach {name} {data}?", subtitle, parts)
     write_whole(directory / "diagnosis.html", page)

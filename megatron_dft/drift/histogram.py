@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-_SHIFT = 15
-BUCKETS = 1 << (31 - _SHIFT)
+SHIFT = 15  # bits of a float32 pattern below a bucket's
+BUCKETS = 1 << (31 - SHIFT)
 RELATIVE_ERROR = 2.0**-9
 TOP_PARTS = 100  # the top share is that of the largest n / TOP_PARTS entries
 
 
 def _midpoints() -> np.ndarray:
     """float64 [BUCKETS]; bucket 0 (below 2^-133) counts as zero."""
-    bits = (np.arange(BUCKETS, dtype=np.uint32) << _SHIFT).astype(np.uint32)
+    bits = (np.arange(BUCKETS, dtype=np.uint32) << SHIFT).astype(np.uint32)
     lower = bits.view(np.float32).astype(np.float64)
-    upper = (bits + np.uint32((1 << _SHIFT) - 1)).view(np.float32).astype(np.float64)
+    upper = (bits + np.uint32((1 << SHIFT) - 1)).view(np.float32).astype(np.float64)
     middle = (lower + upper) / 2
     middle[0] = 0.0
     return middle
@@ -61,7 +61,7 @@ class Histogram:
 
     def add(self, magnitudes: torch.Tensor, scratch: torch.Tensor) -> None:
         """Count float32 magnitudes [n] (finite, +0 or more). `scratch`: int32 [n], overwritten."""
-        torch.bitwise_right_shift(magnitudes.view(torch.int32), _SHIFT, out=scratch)
+        torch.bitwise_right_shift(magnitudes.view(torch.int32), SHIFT, out=scratch)
         counts = torch.bincount(scratch).numpy()
         self._dense()[: len(counts)] += counts
 

@@ -8,7 +8,10 @@ import torch
 from megatron_dft.drift.histogram import Histogram, gini, top_share
 
 BLOCK = 1 << 18  # elements: less costs more in calls than it saves in cache misses
-SMALL = 1e-5  # |Δ| at or below counts as unchanged (second definition of sparsity)
+# |Δ| at or below it counts as unchanged; also times |w₀|. The code published with arXiv 2505.11711
+# takes the first, absolute (torch.isclose against zeros, atol 1e-5).
+SMALL = 1e-5
+_RUN = 1 << 15  # elements of a float32 dot product: some BLAS lose 5e-6 over a whole block
 
 
 @dataclass
@@ -23,6 +26,10 @@ class Moments:
     delta_max: float = 0.0
     unchanged_bf16: int = 0
     unchanged_small: int = 0
+    unchanged_relative: int = 0
+    changed: int = 0  # in the load dtype
+    near_zero: int = 0
+    changed_near_zero: int = 0
     histogram: Histogram = field(default_factory=Histogram)
 
     def merge(self, other: "Moments") -> None:
@@ -34,6 +41,10 @@ class Moments:
         self.delta_max = max(self.delta_max, other.delta_max)
         self.unchanged_bf16 += other.unchanged_bf16
         self.unchanged_small += other.unchanged_small
+        self.unchanged_relative += other.unchanged_relative
+        self.changed += other.changed
+        self.near_zero += other.near_zero
+        self.changed_near_zero += other.changed_near_zero
         self.histogram.merge(other.histogram)
 
     def statistics(self) -> dict[str, float | int | None]:
@@ -49,8 +60,12 @@ class Moments:
             "max_abs": self.delta_max,
             "mean": self.delta_sum / n,
             "mean_abs": self.delta_abs_sum / n,
+            "unchanged": (self.count - self.changed) / n,
             "unchanged_bf16": self.unchanged_bf16 / n,
             "unchanged_1e-5": self.unchanged_small / n,
+            "unchanged_rel_1e-5": self.unchanged_relative / n,
+            "near_zero": self.near_zero / n,
+            "changed_near_zero": self.changed_near_zero / self.changed if self.changed else None,
             "top1pct_share": top_share(*buckets),
             "gini": gini(*buckets),
         }
@@ -58,8 +73,16 @@ class Moments:
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> float:
     """Σ x·y of two float32 blocks; in double where float32 would under- or overflow."""
-    value = float(torch.dot(x, y))
+    runs = zip(x.split(_RUN), y.split(_RUN), strict=True)
+    value = sum(float(torch.dot(left, right)) for left, right in runs)
     return value if 1e-20 < abs(value) < 1e30 else float(torch.dot(x.double(), y.double()))
+
+
+def count_support(to: Moments, changed: np.ndarray, near_zero: np.ndarray) -> None:
+    """Add a block's changed entries and those near zero in the base; both bool [n]."""
+    to.changed += int(np.count_nonzero(changed))
+    to.near_zero += int(np.count_nonzero(near_zero))
+    to.changed_near_zero += int(np.count_nonzero(changed & near_zero))
 
 
 class BlockStatistics:
@@ -95,6 +118,10 @@ class BlockStatistics:
         to.delta_max = max(to.delta_max, float(absolute.numpy().max(initial=0.0)))
         np.less_equal(absolute.numpy(), np.float32(SMALL), out=mask)
         to.unchanged_small += int(np.count_nonzero(mask))
+        # The histogram below still wants |Δ|, so |w₀| goes where the bits come later.
+        limit = torch.abs(base, out=self._bits[:n].view(torch.float32)).mul_(SMALL)
+        np.less_equal(absolute.numpy(), limit.numpy(), out=mask)
+        to.unchanged_relative += int(np.count_nonzero(mask))
         to.unchanged_bf16 += self._same(base, delta, tuned, bf16)
         to.histogram.add(absolute, self._bits[:n])
         return True

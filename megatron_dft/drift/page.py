@@ -6,6 +6,7 @@ here; a page about somebody's data set shows its text and never runs it.
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,21 +17,26 @@ body { margin: 0; background: #fff; color: var(--ink);
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1360px; margin: 0 auto; padding: 28px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; }
+h1, h2, p, summary, figcaption { overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 40px 0 6px; padding-top: 14px; border-top: 1px solid var(--line); }
 p { margin: 6px 0 12px; max-width: 78ch; }
 .sub, figcaption, .note { color: var(--soft); }
 .verdict { background: #eef5fd; border-left: 4px solid var(--key); padding: 12px 16px; }
 .verdict b { font-size: 18px; }
-nav a { margin-right: 14px; color: var(--key); text-decoration: none; }
+.meaning { border-left: 4px solid var(--key); padding: 2px 0 2px 14px; font-size: 16px; }
+nav a { display: inline-block; margin-right: 14px; color: var(--key); text-decoration: none; }
 figure { margin: 12px 0; } img { max-width: 100%; height: auto; display: block; }
-.scroll { margin: 10px 0; overflow: auto; max-height: 560px; border: 1px solid var(--line); }
+.scroll { margin: 10px 0; overflow: auto; border: 1px solid var(--line); }
+.long { max-height: 80vh; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th { position: sticky; top: 0; background: var(--band); text-align: right; cursor: pointer;
-  white-space: nowrap; }
+  vertical-align: bottom; }
 th, td { padding: 5px 8px; border-bottom: 1px solid var(--line); }
-td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td { text-align: right; font-variant-numeric: tabular-nums; }
+td:not(.text) { white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; }
-td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre; }
+td.text { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--key); margin: 8px 0; }
 """
 
@@ -45,6 +51,8 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
     return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); }).forEach(r => body.append(r));
 }));
 """
+
+_LONG = 40  # rows beyond which a table scrolls by itself
 
 Cell = str | int | float | None
 
@@ -70,13 +78,15 @@ class Picture:
 
 @dataclass
 class Section:
-    """A heading, then verdict (set off in a box), paragraphs, pictures, tables in this order."""
+    """A heading, then verdict (set off in a box) or `meaning` (what the figures say here),
+    paragraphs, pictures, tables in this order."""
 
     heading: str
     paragraphs: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     verdict: tuple[str, str] | None = field(default=None)
+    meaning: str = ""
 
 
 def number(value: Cell) -> str:
@@ -90,11 +100,16 @@ def number(value: Cell) -> str:
     return value
 
 
+def _breakable(name: str) -> str:
+    """A column's name, escaped, that may break after _ - and / so that many columns fit."""
+    return re.sub(r"([_/-])", r"\1<wbr>", html.escape(name))
+
+
 def _table(table: Table) -> str:
     kinds = [isinstance(v, str) for v in table.rows[0]] if table.rows else []
     kinds += [False] * (len(table.columns) - len(kinds))
     head = "".join(
-        f"<th{' class="text"' if text else ''}>{html.escape(c)}</th>"
+        f"<th{' class="text"' if text else ''}>{_breakable(c)}</th>"
         for c, text in zip(table.columns, kinds, strict=True)
     )
     rows = []
@@ -105,8 +120,9 @@ def _table(table: Table) -> str:
             raw = "" if value is None else html.escape(str(value), quote=True)
             cells.append(f'<td{kind} data-v="{raw}">{html.escape(number(value))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
+    long = " long" if len(rows) > _LONG else ""
     body = (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll{long}"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     caption = html.escape(table.caption)
@@ -120,6 +136,8 @@ def _section(section: Section, anchor: int) -> str:
     if section.verdict:
         word, reason = section.verdict
         parts.append(f'<p class="verdict"><b>{html.escape(word)}</b><br>{html.escape(reason)}</p>')
+    if section.meaning:
+        parts.append(f'<p class="meaning">{html.escape(section.meaning)}</p>')
     parts += [f"<p>{html.escape(p)}</p>" for p in section.paragraphs]
     for picture in section.pictures:
         data = base64.b64encode(picture.png).decode("ascii")

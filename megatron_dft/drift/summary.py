@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dft.drift import histogram
-from megatron_dft.drift.compare import TensorDrift, cosine
-from megatron_dft.drift.moments import Moments
+from megatron_dft.drift import histogram, support
+from megatron_dft.drift.compare import TensorDrift
+from megatron_dft.drift.group import Group
 from megatron_dft.drift.names import MODULE_TYPES, layer_of, module_type
 
 OUTSIDE = "outside"  # the layer key of embeddings, final norm and head
@@ -24,19 +24,6 @@ _SPECTRAL = {
 }
 
 
-class _Group:
-    """Sums over some tensors, for all methods."""
-
-    def __init__(self, methods: int):
-        self.moments = [Moments() for _ in range(methods)]
-        self.dots = np.zeros((methods, methods))
-
-    def add(self, tensor: TensorDrift) -> None:
-        for mine, theirs in zip(self.moments, tensor.moments, strict=True):
-            mine.merge(theirs)
-        self.dots += tensor.dots
-
-
 def _key_order(key: str) -> tuple[int, str]:
     return (int(key), "") if key.isdecimal() else (1 << 30, key)
 
@@ -47,15 +34,15 @@ class Summary:
     def __init__(self, labels: Sequence[str]):
         self._labels = list(labels)
         self._model = self._group()
-        self._layers: dict[str, _Group] = {}
-        self._modules: dict[str, _Group] = {}
+        self._layers: dict[str, Group] = {}
+        self._modules: dict[str, Group] = {}
         self._cells: dict[tuple[str, str], list[list[float]]] = {}
         self._tensors: dict[str, list[dict[str, Any]]] = {}
-        self._cosines: dict[str, list[list[float | None]]] = {}
+        self._pairs: dict[str, dict[str, Any]] = {}
         self._tokens: list[dict[str, Any]] = [{} for _ in self._labels]
 
-    def _group(self) -> _Group:
-        return _Group(len(self._labels))
+    def _group(self) -> Group:
+        return Group(len(self._labels))
 
     def add(self, tensor: TensorDrift) -> None:
         number, kind = layer_of(tensor.name), module_type(tensor.name)
@@ -65,13 +52,15 @@ class Summary:
             if key not in groups:
                 groups[key] = self._group()
             groups[key].add(tensor)
+        own = self._group()
+        own.add(tensor)
         cell = self._cells.setdefault((layer, kind), [[0.0, 0.0] for _ in self._labels])
         rows = []
         for i, moments in enumerate(tensor.moments):
             cell[i][0] += moments.delta_sq
             cell[i][1] += moments.base_sq
             row: dict[str, Any] = {"layer": layer, "module": kind, "shape": list(tensor.shape)}
-            row |= moments.statistics()
+            row |= own.statistics(i)
             spectrum = tensor.spectra[i]
             values = asdict(spectrum) if spectrum else {}
             row |= {name: values.get(key) for name, key in _SPECTRAL.items()}
@@ -79,7 +68,7 @@ class Summary:
             if (norms := tensor.row_norms[i]) is not None:
                 self._tokens[i][tensor.name] = _rows(norms, tensor.base_row_norms)
         self._tensors[tensor.name] = rows
-        self._cosines[tensor.name] = cosine(tensor.dots)
+        self._pairs[tensor.name] = own.pairs()
 
     def report(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Nested dicts: methods → label → model / layers / modules / tensors / heatmap / tokens.
@@ -93,9 +82,9 @@ class Summary:
         for i, label in enumerate(self._labels):
             model = self._model.moments[i]
             methods[label] = {
-                "model": model.statistics(),
-                "layers": {k: self._layers[k].moments[i].statistics() for k in layers},
-                "modules": {k: self._modules[k].moments[i].statistics() for k in modules},
+                "model": self._model.statistics(i),
+                "layers": {k: self._layers[k].statistics(i) for k in layers},
+                "modules": {k: self._modules[k].statistics(i) for k in modules},
                 "tensors": {n: self._tensors[n][i] for n in order},
                 "heatmap": self._heatmap(i, layers, modules),
                 "curve": histogram.lorenz(*model.histogram.occupied(), CURVE),
@@ -105,12 +94,13 @@ class Summary:
             "methods": methods,
             "curve_shares": CURVE,
             "histogram_error": histogram.RELATIVE_ERROR,
-            "cosine": {
+            "near_zero_quantile": support.QUANTILE,
+            "agreement": {
                 "labels": self._labels,
-                "model": cosine(self._model.dots),
-                "layers": {k: cosine(self._layers[k].dots) for k in layers},
-                "modules": {k: cosine(self._modules[k].dots) for k in modules},
-                "tensors": {n: self._cosines[n] for n in order},
+                "model": self._model.pairs(),
+                "layers": {k: self._layers[k].pairs() for k in layers},
+                "modules": {k: self._modules[k].pairs() for k in modules},
+                "tensors": {n: self._pairs[n] for n in order},
             },
         }
 

@@ -55,7 +55,8 @@ def met_after() -> Iterator[None]:
 def _store(world: int) -> dist.TCPStore:
     """A client of torchrun's store, or of rank 0's own."""
     is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # by its name: compat/loopback.py may stand there
+    # By its present name: compat/loopback.py replaces it.
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world,

@@ -68,8 +68,27 @@ def bf16(x):
     return x.to(torch.bfloat16)
 
 
-def statistics(pairs):
+COARSE_FIRST = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def has_changed(base, tuned, dtype=None):
+    """Entries that differ in the load dtype: the coarsest of those stored and the one asked for."""
+    kind = next(k for k in COARSE_FIRST if k in (base.dtype, tuned.dtype, dtype))
+    return (base.to(kind) != tuned.to(kind)).flatten().numpy()
+
+
+def is_near_zero(base, share=0.1):
+    """Below the tensor's own quantile of magnitudes, or 0."""
+    size = base.double().abs().flatten().numpy()
+    if not len(size):
+        return np.zeros(0, dtype=bool)
+    return (size < np.sort(size)[int(share * len(size))]) | (size == 0)
+
+
+def statistics(pairs, dtype=None):
     """The numbers of one report row for [(base, tuned), ...], all entries together, in float64."""
+    changes = np.concatenate([has_changed(*p, dtype) for p in pairs])
+    near = np.concatenate([is_near_zero(p[0]) for p in pairs])
     b = torch.cat([p[0].double().flatten() for p in pairs]).numpy()
     d = torch.cat([(p[1].double() - p[0].double()).flatten() for p in pairs]).numpy()
     same = torch.cat([(bf16(p[0]) == bf16(p[1])).flatten() for p in pairs]).numpy()
@@ -88,6 +107,10 @@ def statistics(pairs):
         "max_abs": a.max(),
         "mean": d.mean(),
         "mean_abs": a.mean(),
+        "unchanged": 1 - changes.mean(),
+        "near_zero": near.mean(),
+        "changed_near_zero": (changes & near).sum() / changes.sum() if changes.any() else None,
+        "unchanged_rel_1e-5": (a <= 1e-5 * np.abs(b)).mean(),
         "unchanged_bf16": same.mean(),
         "unchanged_1e-5": (a.astype(np.float32) <= np.float32(1e-5)).mean(),
         "top1pct_share": (largest**2).sum() / (d**2).sum() if changed else None,
@@ -106,6 +129,6 @@ def assert_close(got, want, relative=2e-6):
             slack = relative * want["mean_abs"]
         if key in ("top1pct_share", "gini"):
             slack = 2.0**-9 * 1.01
-        if key in ("parameters", "unchanged_bf16", "unchanged_1e-5"):
+        if key.startswith("unchanged") or key in ("parameters", "near_zero", "changed_near_zero"):
             slack = 1e-12
         assert abs(got[key] - value) <= slack, (key, got[key], value)

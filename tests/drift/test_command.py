@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_dft.commands import drift as command
-from megatron_dft.drift import plots, report
+from megatron_dft.drift import report, style
+from megatron_dft.drift.labels import labels_for
 from megatron_dft.drift.page import Picture, Section, Table, render
 from tests.drift.commands import fails, run
 from tests.drift.reference import perturbed, tiny_model, write
@@ -41,7 +42,9 @@ def test_files_agree(paths, tmp_path, capsys):
             want = report["methods"][row["method"]]["tensors"][row["name"]]
             assert float(row["update_norm"]) == want["update_norm"]
             assert row["sigma1"] == ("" if want["sigma1"] is None else str(want["sigma1"]))
-    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "cosine"}
+    names = {"layers", "modules", "heatmap", "concentration", "stable_rank", "near_zero"}
+    names |= {"principal", "principal_places"}
+    names |= {"agreement", "agreement_layers", "agreement_modules"}
     assert {p.stem for p in out.glob("*.png")} == names
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
@@ -81,7 +84,7 @@ def test_labels(paths, tmp_path):
     fails(command, "--labels: expected 2 different names", *paths, "--labels", "x", "x")
     fails(command, "--workers: expected 1 or more", *paths, "--workers", 0)
     same = [tmp_path / "r1" / "hf", tmp_path / "r2" / "hf"]
-    assert command.labels_for(same, None) == ["hf-1", "hf-2"]
+    assert labels_for(same, None) == ["hf-1", "hf-2"]
 
 
 def test_page_escapes_everything():
@@ -105,7 +108,7 @@ def test_names_of_models_are_text_in_pictures_pages_and_tables_too(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report.write(out, result, None)
-    assert len(list(out.glob("*.png"))) == 6
+    assert len(list(out.glob("*.png"))) == 9
     assert "<script>alert" not in (out / "report.html").read_text()
     with (out / "drift.csv").open() as handle:
         assert {row["method"] for row in csv.DictReader(handle)} >= set(nasty[:3])
@@ -113,10 +116,10 @@ def test_names_of_models_are_text_in_pictures_pages_and_tables_too(tmp_path):
 
 @pytest.mark.parametrize("text", ["$x$", "$", r"\$x$", "$$", "_a", "a\nb\x00", "ok"])
 def test_a_name_in_a_picture_is_drawn_letter_by_letter(text):
-    figure, (ax,) = plots.figure()
-    ax.plot([0], [0], label=plots.plain(text))
+    figure, (ax,) = style.figure()
+    ax.plot([0], [0], label=style.plain(text))
     (shown,) = ax.legend().get_texts()
-    plots.png(figure)
+    style.png(figure)
     drawn, is_formula = shown._preprocess_math(shown.get_text())
     assert not is_formula
     assert drawn.strip() == "".join(c if c.isprintable() else " " for c in text).strip()

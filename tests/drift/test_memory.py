@@ -16,13 +16,16 @@ import sys, torch
 from pathlib import Path
 from tools.drift_speed import drift_pass, peak_growth
 (torch.randn(300, 300) @ torch.randn(300, 300)).svd()  # load the libraries
-print(peak_growth(lambda: drift_pass(*map(Path, sys.argv[1:]), workers=4)))
+ks = tuple(map(int, sys.argv[3:]))
+print(peak_growth(lambda: drift_pass(*map(Path, sys.argv[1:3]), workers=4, ks=ks)))
 """
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["safetensors", "torch_dist"])
 def test_four_times_the_largest_tensor(form, dtype, tmp_path):
+    # With the base's subspaces (a float32 copy and two bases) and without.
+    ks = ("1", "64") if form == "safetensors" else ()
     shape = (4096, 4096 if dtype == torch.float32 else 8192)
     largest = 64 * 2**20
     names = ["model.embed_tokens.weight", "lm_head.weight"]
@@ -34,7 +37,7 @@ def test_four_times_the_largest_tensor(form, dtype, tmp_path):
         else:
             dcp.save(tensors, checkpoint_id=tmp_path / directory, no_dist=True)
     run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, tmp_path / "a", tmp_path / "b"],
+        [sys.executable, "-c", _PROGRAM, tmp_path / "a", tmp_path / "b", *ks],
         cwd=Path(__file__).parents[2],
         check=True,
         capture_output=True,

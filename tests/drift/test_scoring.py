@@ -10,7 +10,7 @@ import torch
 from megatron_dft.commands import diagnose as diagnose_command
 from megatron_dft.commands import retention as retention_command
 from megatron_dft.data import scored_text
-from megatron_dft.drift import scoring
+from megatron_dft.drift import sampling, scoring
 from megatron_dft.drift.retention import measure
 from tests.drift.commands import fails, run
 from tests.hf.tiny import make_tiny
@@ -53,13 +53,48 @@ def test_retention_equals_the_definitions(models, texts):
     assert got["tokens"] == len(target)
     assert got["base_perplexity"] == pytest.approx(math.exp(-np.log(p[rows, target]).mean()), 1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(-np.log(q[rows, target]).mean()), 1e-5)
-    assert got["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    each = (p * np.log(p / q)).sum(1)
+    assert got["kl"] == pytest.approx(each.mean(), rel=1e-5)
+    assert got["reverse_kl"] == pytest.approx((q * np.log(q / p)).sum(1).mean(), rel=1e-5)
+    parts = np.split(each, np.cumsum([mask.sum() for _, mask in texts])[:-1])
+    assert got["kl_sequence"] == pytest.approx(np.mean([x.sum() for x in parts]), rel=1e-5)
+    spread = sum((x.sum() - each.mean() * len(x)) ** 2 for x in parts) * len(parts)
+    error = math.sqrt(spread / (len(parts) - 1)) / len(each)
+    assert got["kl_error"] == pytest.approx(error, rel=1e-4)
     assert got["top1_agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
     assert got["top1_agreement"] < 1 and got["kl"] > 0.01
     same = measure(base, base, texts)
+    assert same["kl_error"] == 0 and measure(base, tuned, texts[:1])["kl_error"] is None
     assert same["kl"] == 0 and same["top1_agreement"] == 1
     with pytest.raises(ValueError, match="no token to score"):
         measure(base, tuned, [])
+
+
+@torch.no_grad()
+def test_the_kl_on_sampled_answers_is_that_of_the_answers_distribution(models):
+    """Two tokens long, so that KL(base ‖ tuned) of whole answers can be summed over all of them."""
+    base, tuned = (scoring.load_model(m) for m in models)
+    base.generation_config.repetition_penalty = 5.0  # not what the model itself would say
+    prompts = [np.array([5, 9, 11]), np.array([7])]
+    end = 3
+    exact = []
+    for prompt in prompts:
+        first = [torch.softmax(m(torch.tensor([prompt])).logits[0, -1].double(), -1)
+                 for m in (base, tuned)]  # fmt: skip
+        rows = torch.tensor([[*prompt, i] for i in range(259)])
+        second = [torch.softmax(m(rows).logits[:, -1].double(), -1) for m in (base, tuned)]
+        inner = (second[0] * (second[0] / second[1]).log()).sum(-1)
+        inner[end] = 0  # nothing follows
+        exact.append((first[0] * ((first[0] / first[1]).log() + inner)).sum())
+    answers = sampling.sample_answers(base, prompts * 400, [end], 2)
+    assert {len(ids) - int(mask.sum()) for ids, mask in answers} == {1, 3}
+    assert all(ids[mask][0] == end for ids, mask in answers if mask.sum() == 1)
+    got = measure(base, tuned, answers)
+    want = float(torch.stack(exact).mean())
+    error = 4 * got["kl_error"] * got["tokens"] / len(answers)
+    assert got["kl_sequence"] == pytest.approx(want, abs=error) and error < 0.1 * want
+    again = sampling.sample_answers(base, prompts * 400, [end], 2)
+    assert all((a[0] == b[0]).all() for a, b in zip(answers, again, strict=True))
 
 
 def test_scores_equal_the_definitions(models, texts):
@@ -183,14 +218,18 @@ def test_diagnose_command(models, files, tmp_path, capsys):
 def test_retention_command(models, files, tmp_path, capsys):
     chat, text = files
     out = tmp_path / "out"
-    run(retention_command, *models, "--text", text, "--task", chat, "--out", out)
+    flags = ("--task-samples", 3, "--max-answer-tokens", 5)
+    run(retention_command, *models, "--text", text, "--task", chat, "--out", out, *flags)
     result = json.loads((out / "retention.json").read_text())
     values = result["methods"]["m1"]
     base, tuned = (scoring.load_model(m) for m in models)
     rows = scored_text.plain_text(text, scored_text.tokenizer_of(models[0], chat=False))
     assert values["general"] == pytest.approx(measure(base, tuned, rows), rel=1e-5)
     assert values["task"]["tokens"] == sum(len(r["messages"][1]["content"]) + 1 for r in CHAT)
-    assert "Retention" in (out / "report.html").read_text()
+    assert 3 <= values["task, base's answers"]["tokens"] <= 15
+    page = (out / "report.html").read_text()
+    assert "Retention: what m0 said" in page and "should have forgotten" not in page
+    fails(retention_command, "--task-samples 3: expected --task", *models, "--text", text, *flags)
 
 
 def test_bad_input_of_the_commands(models, files, tmp_path):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dft.drift import histogram
+from megatron_dft.drift import histogram, support
 from megatron_dft.drift.checkpoint import open_checkpoint
-from megatron_dft.drift.moments import BLOCK, BlockStatistics, Moments
+from megatron_dft.drift.moments import BLOCK, BlockStatistics, Moments, count_support
 from megatron_dft.drift.pair import match
 from megatron_dft.drift.spectrum import spectrum
 from tests.drift.reference import assert_close, perturbed, statistics, tiny_model, write
@@ -24,10 +24,16 @@ def measured(base, tuned):
     """Statistics of one tensor in memory, block by block."""
     moments, block = Moments(), BlockStatistics()
     b, t = base.float().flatten(), tuned.float().flatten()
+    masks = np.empty((2, BLOCK), dtype=bool)
+    is_coarse = base.dtype == torch.bfloat16
+    threshold = support.quantile(lambda: b.split(BLOCK), len(b), is_coarse, support.QUANTILE)
     for s in range(0, b.numel(), BLOCK):
         part = slice(s, s + BLOCK)
         stored_bf16 = base.dtype == tuned.dtype == torch.bfloat16
         assert block.add(moments, b[part], (t - b)[part], t[part], stored_bf16)
+        changed = support.changed(b[part], t[part], (t - b)[part], None, masks[0])
+        near = support.is_near_zero(b[part], threshold, masks[1])
+        count_support(moments, changed, near)
     return moments.statistics()
 
 
@@ -148,12 +154,16 @@ def test_tokens_and_cosines_of_two_methods(tmp_path):
         y = torch.cat([(second[n] - base[n]).double().flatten() for n in names])
         return float(x @ y / x.norm() / y.norm())
 
-    assert got["cosine"]["model"][0][1] == pytest.approx(cosine(base), rel=1e-5)
-    assert got["cosine"]["model"][1][0] == got["cosine"]["model"][0][1]
-    assert got["cosine"]["model"][1][1] == pytest.approx(1)
-    assert got["cosine"]["tensors"][embed][0][1] == pytest.approx(cosine([embed]), abs=1e-6)
+    assert got["agreement"]["model"]["cosine"][0][1] == pytest.approx(cosine(base), rel=1e-5)
+    assert got["agreement"]["model"]["cosine"][1][0] == got["agreement"]["model"]["cosine"][0][1]
+    assert got["agreement"]["model"]["cosine"][1][1] == pytest.approx(1)
+    assert got["agreement"]["tensors"][embed]["cosine"][0][1] == pytest.approx(
+        cosine([embed]), abs=1e-6
+    )
     downs = [n for n in base if "down" in n]
-    assert got["cosine"]["modules"]["down"][0][1] == pytest.approx(cosine(downs), rel=1e-5)
+    assert got["agreement"]["modules"]["down"]["cosine"][0][1] == pytest.approx(
+        cosine(downs), rel=1e-5
+    )
     # Both methods keep their own statistics, also where the update is read a second time.
     for i, tuned in enumerate((first, second)):
         for name in base:
@@ -171,7 +181,7 @@ def test_no_update_at_all(tmp_path):
     row = got["methods"]["m0"]["model"]
     assert row["update_norm"] == 0 and row["unchanged_bf16"] == 1 and row["gini"] is None
     assert got["methods"]["m0"]["tensors"]["lm_head.weight"]["stable_rank"] is None
-    assert got["cosine"]["model"] == [[None]]
+    assert got["agreement"]["model"]["cosine"] == [[None]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (40, 3), (96, 200), (200, 150), (150, 400)])

@@ -1,7 +1,8 @@
-"""Where real Megatron-LM scripts come from: MEGATRON_LM_DIRS, or a mirror beside this checkout.
+"""Where real Megatron-LM scripts come from: MEGATRON_LM_DIRS, or a mirror of the repository.
 
-MEGATRON_LM_DIRS is a list of checkouts, separated like PATH's entries. None of them is changed, and
-nothing of them is kept here.
+MEGATRON_LM_DIRS is a list of checkouts, separated like PATH's entries; MEGATRON_LM_MIRROR a git
+directory (default: one beside this checkout). None of them is changed, and nothing of them is kept
+here.
 """
 
 import os
@@ -9,7 +10,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-MIRROR = Path(__file__).parents[3] / ".mirror" / "NVIDIA+Megatron-LM" / "repo"
+_BESIDE = Path(__file__).parents[3] / ".mirror" / "NVIDIA+Megatron-LM" / "repo"
+MIRROR = Path(os.environ.get("MEGATRON_LM_MIRROR", _BESIDE))
 RELEASES = ("core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_r0.19.0", "main")
 FILES = (
     "pretrain_gpt.py",

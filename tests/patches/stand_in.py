@@ -9,10 +9,10 @@ from pathlib import Path
 
 SCRIPT = '''\
 """A stand-in for pretrain_gpt.py."""
-import argparse
 import json
 
 import torch
+from megatron.training import parse_and_validate_args
 from model_provider import model_provider
 
 args = None
@@ -24,13 +24,6 @@ def loss_func(
     loss = torch.sum(output_tensor.view(-1).float() * loss_mask.view(-1).float())
     tokens = loss_mask.sum().detach().to(torch.int)
     return loss, tokens, {"lm loss": torch.stack([loss.detach().clone(), tokens.float()])}
-
-
-def parse_and_validate_args(extra_args_provider=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--fp16-lm-cross-entropy", action="store_true")
-    parser = extra_args_provider(parser) if extra_args_provider else parser
-    return parser.parse_args()
 
 
 def add_flag(parser):
@@ -53,9 +46,23 @@ if __name__ == "__main__":
     print(json.dumps([float(loss), int(tokens), cross_entropy.grad.tolist(), report, vars(args)]))
 '''
 
-# In place of Megatron: the one function that megatron_dft.stock takes from it.
-ARGUMENTS = "from model_provider import model_provider\n\n\ndef get_args():\n"
-ARGUMENTS += "    return model_provider.args\n"
+# In place of Megatron: what the script and megatron_dft.stock take from it.
+ARGUMENTS = """\
+import argparse
+
+from model_provider import model_provider
+
+
+def get_args():
+    return model_provider.args
+
+
+def parse_and_validate_args(extra_args_provider=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--fp16-lm-cross-entropy", action="store_true")
+    parser = extra_args_provider(parser) if extra_args_provider else parser
+    return parser.parse_args()
+"""
 
 ADDED = {
     "from model_provider import model_provider\n": (

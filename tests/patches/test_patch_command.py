@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_dft import cli
+from megatron_dft import cli, stock_run
 from megatron_dft.commands import patch as patch_command
 from tests.patches.stand_in import SCRIPT, patched, write_checkout, write_diff
 
@@ -49,7 +50,7 @@ def test_apply_check_and_revert_are_exact_and_idempotent(checkout, capsys):
     files = sorted(os.listdir(checkout))
     for flags, content, word in (
         (["--check"], SCRIPT, "would apply"),
-        ([], patched(SCRIPT), "applied"),
+        ([], patched(SCRIPT), "as checked for stand-in, megatron-core 0.19) applied"),
         ([], patched(SCRIPT), "was applied before"),
         (["--check"], patched(SCRIPT), "is applied"),
         (["--revert"], SCRIPT, "taken out"),
@@ -92,28 +93,117 @@ def test_a_write_that_fails_leaves_the_file_and_nothing_else(checkout, capsys, m
     assert sorted(os.listdir(checkout)) == files
 
 
-@pytest.mark.parametrize("flags", [[], ["--check"], ["--revert"]])
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda text: text.replace("allow_abbrev=False", ""), "was modified"),
-        (lambda text: text.rstrip("\n"), "was modified"),
-        (lambda text: text.replace("\n", "\r\n"), "was modified"),
-        (lambda text: patched(text).replace("@weighted_loss\n", ""), "changed patch"),
-        (lambda text: patched(text) + "# mine\n", "changed patch"),
-    ],
-)
-def test_a_modified_script_is_refused(checkout, capsys, flags, change, expected):
+# Edits of forks that leave the three places what they are.
+FORKS = {
+    "flags elsewhere": lambda text: text.replace("type=int, default=0", "default=0"),
+    "no newline at the end": lambda text: text.rstrip("\n"),
+    "of Windows": lambda text: text.replace("\n", "\r\n"),
+    "lines around": lambda text: text.replace(
+        "import json\n", "import json\nimport math\n"
+    ).replace("args = None\n", "args = None\nscale = math.pi\n\n\ndef helper():\n    return 1\n\n"),
+    "a function in the function": lambda text: text.replace(
+        "    tokens = loss", "    def inner():\n        return None\n\n    tokens = loss"
+    ),
+    "a comment on the call": lambda text: text.replace(
+        "    args = parse_and", "    # ours\n    args = parse_and"
+    ),
+    "two statements in a line": lambda text: text.replace(
+        "    has_flag = True\n    args", "    has_flag = True; args"
+    ),
+    "another encoding": lambda text: text.replace(
+        '"""A stand-in', "# -*- coding: latin-1 -*-\n# größer\n" + '"""A stand-in', 1
+    ),
+    "a function main": lambda text: (
+        text.replace('if __name__ == "__main__":', "def main():")
+        + '\n\nif __name__ == "__main__":\n    main()\n'
+    ),
+}
+
+
+def written(fork, text):
+    return fork(text).encode("latin-1" if "latin-1" in fork(text) else "utf-8")
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_forks_with_edits_beside_the_places(checkout, capsys, name):
     script = checkout / "pretrain_gpt.py"
-    script.write_bytes(change(SCRIPT).encode())
+    content = written(FORKS[name], SCRIPT)
+    script.write_bytes(content)
+    assert patch(checkout, "--check") == 0 and "would apply" in capsys.readouterr().out
+    assert patch(checkout) == 0 and "found by its syntax" in capsys.readouterr().out
+    ours = script.read_bytes().splitlines(keepends=True)
+    end = b"\r\n" if name == "of Windows" else b"\n"
+    added = [line for line in ours if b"weighted_loss" in line or b"with_loss_flags" in line]
+    assert len(added) == 3 and all(line.endswith(end) for line in added)
+    assert added[0].startswith(b"from megatron_dft.stock import")
+    decorator = ours.index(b"@weighted_loss" + end)
+    assert ours[decorator + 1].startswith(b"def loss_func(")
+    assert compile(b"".join(ours), "x", "exec")
+    assert patch(checkout, "--revert") == 0 and script.read_bytes() == content
+    patch(checkout)
+    script.write_bytes(script.read_bytes() + b"\n# more\n")  # an edit after the patch
+    patch(checkout, "--revert")
+    assert script.read_bytes() == content + b"\n# more\n"
+
+
+def replaced(old, new):
+    def change(text):
+        assert old in text
+        return text.replace(old, new)
+
+    return change
+
+
+HEAD = "loss_mask, output_tensor, model=None\n"
+RETURN = "    return loss, tokens, {"
+CHANGED_PLACES = {
+    "another order": (replaced(HEAD, "output_tensor, loss_mask, model=None\n"), "output_tensor, l"),
+    "no model": (replaced(HEAD, "loss_mask, output_tensor\n"), "model=None"),
+    "one more parameter": (replaced(HEAD, "loss_mask, output_tensor, model=None, k=1\n"), "k=1"),
+    "model is required": (replaced(HEAD, "loss_mask, output_tensor, model\n"), "model=None"),
+    "two results": (replaced(RETURN, "    return loss, {"), "(loss, tokens, report)"),
+    "an early result": (
+        replaced("    tokens = loss", "    if args:\n        return loss\n    tokens = loss"),
+        "got `loss` in line",
+    ),
+    "another report": (replaced('"lm loss"', '"loss"'), "no such entry"),
+    "a tuple in the report": (
+        replaced("torch.stack([loss.detach().clone(), tokens.float()])", "(loss, tokens)"),
+        "a tuple, as Megatron",
+    ),
+    "a decorator": (replaced("def loss_func(", "@torch.compile\ndef loss_func("), "a decorated"),
+    "defined again": (
+        replaced("def add_flag", "def loss_func():\n    pass\n\n\ndef add_flag"),
+        "2",
+    ),
+    "bound again": (replaced("    has_flag = True", "    loss_func = print"), "another binding"),
+    "imported": (
+        lambda text: text.replace("def loss_func(", "def other(").replace(
+            "import torch\n", "import torch\nfrom losses import loss_func\n"
+        ),
+        "got none",
+    ),
+    "no call": (replaced("    args = parse_and_validate_args(", "    args = dict("), "none"),
+    "called twice": (replaced("    has_flag = True", "    parse_and_validate_args()"), "2 calls"),
+    "not imported": (
+        replaced("from megatron.training import parse_and_validate_args\n", ""),
+        "another",
+    ),
+    "no Python": (replaced("args = None", "args = = None"), "invalid syntax"),
+    "our decorator gone": (lambda text: patched(text).replace("@weighted_loss\n", ""), "a changed"),
+    "a line of ours only": (lambda text: "import megatron_dft\n" + text, "a changed patch"),
+}
+
+
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+@pytest.mark.parametrize("name", CHANGED_PLACES)
+def test_a_changed_place_is_refused_with_the_lines_to_add(checkout, capsys, name, flags):
+    change, expected = CHANGED_PLACES[name]
+    (checkout / "pretrain_gpt.py").write_text(change(SCRIPT))
     message = refusal(capsys, checkout, *flags)
-    assert expected in message and "git checkout -- pretrain_gpt.py" in message
-
-
-def test_a_release_without_a_diff_is_refused(tmp_path, diff, capsys):
-    other = write_checkout(tmp_path / "other", version=(0, 15))
-    message = refusal(capsys, other)
-    assert "expected megatron-core 0.19 (stand-in), got 0.15" in message
+    assert expected in message
+    for line in ("from megatron_dft.stock import", "@weighted_loss", "= with_loss_flags("):
+        assert line in message
 
 
 @pytest.mark.parametrize("missing", ["pretrain_gpt.py", "megatron/core/package_info.py"])
@@ -126,25 +216,20 @@ def test_a_missing_directory_is_refused(tmp_path, diff, capsys):
     assert "expected a Megatron-LM checkout" in refusal(capsys, tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("+@weighted_loss", "+@weighted_lass"),  # another line than the one that was checked
-        ("@@ -10,0 +12 @@", "@@ -11,0 +13 @@"),  # another place
-        ("@@ -10,0 +12 @@", "@@ -10 +12 @@"),  # a line of the original is replaced
-        ("index ", "xindex "),
-    ],
-)
-def test_a_diff_that_was_changed_is_refused(checkout, diff, capsys, old, new):
+def test_a_diff_that_was_changed_is_refused(checkout, diff, capsys):
     text = diff.read_text()
-    assert old in text
-    diff.write_text(text.replace(old, new))
+    after = text.split("..")[1][:40]
+    diff.write_text(text.replace(after, "0" * 40))
+    assert "restore it" in refusal(capsys, checkout)
+    diff.write_text(text.replace("index ", "xindex "))
     assert "restore it" in refusal(capsys, checkout)
 
 
-def test_no_diffs_at_all_says_where_they_were_looked_for(checkout, diff, capsys):
+def test_without_the_diffs_the_places_are_found_all_the_same(checkout, diff, capsys):
     diff.unlink()
-    assert str(diff.parent) in refusal(capsys, checkout)
+    assert patch(checkout) == 0
+    assert (checkout / "pretrain_gpt.py").read_text() == patched(SCRIPT)
+    assert "found by its syntax" in capsys.readouterr().out
 
 
 # Imports what the stand-in checkout has, torch and megatron_dft: 0.16's wheel has no more.
@@ -208,28 +293,76 @@ def test_the_patched_script_trains_on_the_objective_and_imports_little(checkout)
     assert json.loads(ours) == [] and json.loads(megatron) == ["megatron.training"]
 
 
+# The unedited script, the patched one (stock_run, then as it is), and one that fails.
+UNEDITED = """
+import runpy, sys, traceback
+from megatron_dft import stock_run
+scripts = sys.argv[1:]
+for run in (stock_run.main, stock_run.main, None, stock_run.main):
+    words = [scripts.pop(0), "--loss", "dft"]
+    try:
+        if run:
+            assert run(words) == 0 and sys.argv == words
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except ZeroDivisionError:
+        traceback.print_exc(file=sys.stdout)
+"""
+
+
+def test_the_unedited_script_runs_with_the_objective(checkout):
+    """stock_run: the same figures as the patched script; the file and its lines as they were."""
+    script = checkout / "pretrain_gpt.py"
+    fails, other = checkout / "fails.py", checkout / "patched.py"
+    fails.write_text(SCRIPT.replace("loss_mask.sum()", "1 / 0 + loss_mask.sum()"))
+    other.write_text(patched(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, "-c", UNEDITED, script, other, other, fails],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{checkout}", "RANK": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    unedited, through_us, plain, *error = done.stdout.splitlines()
+    assert unedited == through_us == plain and "dft loss" in plain
+    assert script.read_text() == SCRIPT
+    line = 1 + SCRIPT[: SCRIPT.index("loss_mask.sum()")].count("\n")
+    assert any(f'fails.py", line {line}, in loss_func' in one for one in error)
+
+
+def test_what_stock_run_cannot_run_is_one_line(checkout, capsys):
+    script = checkout / "pretrain_gpt.py"
+    script.write_text(SCRIPT.replace(HEAD, "output_tensor, loss_mask, model=None\n"))
+    for words, expected in (
+        ([str(script), "--loss", "dft"], "megatron-dft patch"),
+        (["none.py"], "expected a script, got none.py"),
+        ([], ""),
+    ):
+        assert stock_run.main(words) == 2
+        out, err = capsys.readouterr()
+        assert expected in err and (out + err).count("\n") == 1
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_diff_holds_our_three_lines_and_nothing_else(path):
-    found = patch_command.read_patch(path)
-    entry = "parse_and_validate_args" if found.core >= "0.18" else "pretrain"
-    assert [text.decode() for _, text in found.additions] == [
-        "from megatron_dft.stock import weighted_loss, with_loss_flags\n",
-        "@weighted_loss\n",
-        f"    {entry} = with_loss_flags({entry})\n",
+    text = path.read_text()
+    core = re.search(r"^Megatron-Core: (\S+)", text, re.MULTILINE)[1]
+    entry = "parse_and_validate_args" if core >= "0.18" else "pretrain"
+    added = [line[1:] for line in text.splitlines() if line.startswith("+") and "+++" not in line]
+    assert added == [
+        "from megatron_dft.stock import weighted_loss, with_loss_flags",
+        "@weighted_loss",
+        f"    {entry} = with_loss_flags({entry})",
     ]
-    head = path.read_text().splitlines()
+    head = text.splitlines()
     assert head[0].startswith(f"Release: {path.stem} (checked at ")
     assert len(head) == 7 + 2 * 3 and all(line.endswith(" @@") for line in head[7::2])
 
 
 def test_every_release_has_its_diff():
-    found = {path.stem: patch_command.read_patch(path) for path in SHIPPED}
-    assert {name: patch.core for name, patch in found.items()} == {
-        "core_v0.16.1": "0.16",
-        "core_v0.17.1": "0.17",
-        "core_v0.18.2": "0.18",
-        "core_r0.19.0": "0.19",
-        "main": "0.20",
-    }
-    hashes = [digest for patch in found.values() for digest in (patch.before, patch.after)]
-    assert len(set(hashes)) == 10
+    found = [patch_command.read_known(path) for path in SHIPPED]
+    assert {one.release for one in found} == {
+        "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_r0.19.0", "main",
+    }  # fmt: skip
+    assert len({digest for one in found for digest in (one.before, one.after)}) == 10

@@ -14,7 +14,9 @@ import pytest
 
 from megatron_dft import cli
 from megatron_dft.commands import patch as patch_command
-from tests.patches.checkouts import copy_scripts, sources
+from megatron_dft.compat import stock_script
+from megatron_dft.compat.stock_places import PlaceError
+from tests.patches.checkouts import MIRROR, copy_scripts, sources
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +39,7 @@ def test_the_diff_of_a_real_release(name, tmp_path, capsys):
     assert "applied" in patch()
     patched = script.read_bytes()
     py_compile.compile(str(script), cfile=str(tmp_path / "out.pyc"), doraise=True)
-    (diff,) = {found.path for found in patch_command.read_patches()
+    (diff,) = {found.path for found in patch_command.read_all_known()
                if found.after == patch_command.blob_hash(patched)}  # fmt: skip
 
     # What git makes of the same diff, forwards and back.
@@ -57,6 +59,35 @@ def test_the_diff_of_a_real_release(name, tmp_path, capsys):
     use = next(i for i, line in enumerate(lines) if "with_loss_flags(" in line) + 1
     assert lines[use].strip() in (f"{entry}(", f"args = {entry}(")
     assert patch("--revert") and script.read_bytes() == original
+
+
+# Commits of main between the releases, whose scripts no diff knows; one that returns otherwise.
+OLDER = ("75c07217d1", "c40b6ea070", "97aca2f887", "b60de39e29", "e97ac83603")
+REPORTS_A_TUPLE = "bbe933713d"
+
+
+def _script_of(commit):
+    command = ["git", "-C", str(MIRROR), "show", f"{commit}:pretrain_gpt.py"]
+    shown = subprocess.run(command, capture_output=True)
+    if shown.returncode:
+        pytest.skip(f"no mirror with the commit {commit}")
+    return shown.stdout
+
+
+@pytest.mark.parametrize("commit", OLDER)
+def test_an_older_commit_of_main(commit):
+    script = _script_of(commit)
+    known = patch_command.read_all_known()
+    patched, release = patch_command.patched(script, known)
+    assert release is None and patch_command.blob_hash(script) not in {k.before for k in known}
+    assert stock_script.revert(patched) == script
+    assert patched.count(b"megatron_dft") == 1 and patched.count(b"@weighted_loss\ndef loss") == 1
+    assert stock_script.compiled(script, "pretrain_gpt.py")
+
+
+def test_a_commit_with_another_contract_is_refused():
+    with pytest.raises(PlaceError, match="loss_func_modelopt"):
+        stock_script.apply(_script_of(REPORTS_A_TUPLE))
 
 
 FLAGS = """
@@ -87,7 +118,7 @@ def _formula(loss_mask: Any, output_tensor: Any, model: Any = None) -> tuple[Any
     return each.sum(), count.to(torch.int), report
 
 
-def _train(tree: str, words: list[str], formula: bool) -> list[dict[str, float]]:
+def _train(tree: str, words: list[str], formula: bool, unedited: bool) -> list[dict[str, float]]:
     """The figures of each step of that tree's pretrain_gpt.py on the CPU runtime."""
     from megatron_dft.compat.loop import on_training_log
     from megatron_dft.compat.release import skip_built_helpers
@@ -104,6 +135,11 @@ def _train(tree: str, words: list[str], formula: bool) -> list[dict[str, float]]
     on_training_log(hear)
     script = Path(tree, "pretrain_gpt.py")
     sys.path.insert(0, tree)
+    if unedited:
+        from megatron_dft import stock_run
+
+        assert stock_run.main([str(script), *FLAGS, *words]) == 0
+        return heard
     sys.argv = [str(script), *FLAGS, *words]
     head, guard, main = script.read_text().partition('if __name__ == "__main__":')
     scope: dict[str, Any] = {"__name__": "__main__", "__file__": str(script)}
@@ -117,8 +153,10 @@ def _train(tree: str, words: list[str], formula: bool) -> list[dict[str, float]]
 NEWEST_WITH_A_WHEEL = [one for one in sources() if "0.19" in one]
 
 
-def _train_here(tree: Path, *words: str, formula: bool = False) -> list[dict[str, float]]:
-    figures = run_ranks(_train, 1, str(tree), list(words), formula, init=False)[0]
+def _train_here(
+    tree: Path, *words: str, formula: bool = False, unedited: bool = False
+) -> list[dict[str, float]]:
+    figures = run_ranks(_train, 1, str(tree), list(words), formula, unedited, init=False)[0]
     assert len(figures) == 3
     return figures
 
@@ -132,8 +170,11 @@ def test_three_steps_of_the_patched_script_equal_the_formula(name, tmp_path):
     tree = copy_scripts(name, tmp_path)
     _patch(tree, "--revert")
     formula = _train_here(tree, formula=True)
+    unedited = _train_here(tree, "--loss", "dft", unedited=True)
     _patch(tree)
-    for ours, expected in zip(_train_here(tree, "--loss", "dft"), formula, strict=True):
+    patched = _train_here(tree, "--loss", "dft")
+    assert unedited == patched  # bit for bit
+    for ours, expected in zip(patched, formula, strict=True):
         for key in ("lm loss", "dft loss", "grad_norm"):
             assert ours[key] == pytest.approx(expected[key], rel=1e-6)
 

@@ -277,3 +277,26 @@ def test_without_our_flags_nothing_is_weighted_or_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py"])
     parser = stock.add_loss_flags(argparse.ArgumentParser())
     assert parser.parse_args([]).loss == "sft" and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda loss, count: (loss / count, count),  # a mean
+        lambda loss, count: (loss**2, count),  # the token losses are not just summed
+        lambda loss, count: (loss, count + 1),
+    ],
+)
+def test_a_loss_function_that_does_not_sum_is_refused(monkeypatch, spoil):
+    args = flags("--loss", "dft")
+    monkeypatch.setattr(stock, "get_args", lambda: args)
+
+    def of_a_fork(loss_mask, output_tensor, model=None):
+        loss, count, report = plain_loss(loss_mask, output_tensor)
+        return *spoil(loss, count), report
+
+    with pytest.raises(ValueError, match="^--loss: of_a_fork of this script was expected") as error:
+        stock.weighted_loss(of_a_fork)(
+            torch.tensor(MASK), torch.tensor(CROSS_ENTROPY, requires_grad=True)
+        )
+    assert "\n" not in str(error.value)
