@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[LABEL=]MODEL",
-        help="checkpoints, or the server's names for them; gains are over the first",
+        help="checkpoints, or the server's names for them; each is compared with those before it",
     )
     parser.add_argument(
         "--sets",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def average_name(scores: Mapping[str, Mapping[str, Scores]]) -> str:
 def as_json(
     scores: Mapping[str, Mapping[str, Scores]], notes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """label → set → figure → value, low, high; with the gain of each checkpoint over the first."""
+    """label → set → figure → value, low, high; and the gain of each checkpoint over those before."""
     name, labels = average_name(scores), list(scores)
     result: dict[str, Any] = {"format": 1, "interval": metrics.LEVEL, "scores": {}, "gains": {}}
     for label, sets in scores.items():
@@ -61,11 +61,12 @@ def as_json(
         }
         mean = metrics.mean_of([found[name] for found in sets.values()])
         result["scores"][label]["mean"] = {name: mean.record()}
-    for label in labels[1:]:
-        before, after = scores[labels[0]], scores[label]
-        result["gains"][f"{label} over {labels[0]}"] = {
-            s: metrics.difference(after[s][name], before[s][name]).record() for s in after
-        }
+    for earlier, later in combinations(labels, 2):
+        before, after = scores[earlier], scores[later]
+        gains = {s: metrics.difference(after[s][name], before[s][name]) for s in after}
+        if len(gains) > 1:
+            gains["mean"] = metrics.mean_of(list(gains.values()))
+        result["gains"][f"{later} over {earlier}"] = {s: e.record() for s, e in gains.items()}
     return result
 
 
