@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         }
     _same_prompts(rewarded)
     found = {
-        label: {name: score_table.score(one, args.threshold) for name, one in by_set.items()}
+        label: {name: score_table.score(one, args.threshold, name) for name, one in by_set.items()}
         for label, by_set in rewarded.items()
     }
     scores = {label: {s: pair[0] for s, pair in sets.items()} for label, sets in found.items()}
