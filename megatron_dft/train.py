@@ -36,7 +36,7 @@ def _train(args: Any) -> None:
     from megatron_dft.compat import checkpointing
     from megatron_dft.recovery.supervise import supervised
     from megatron_dft.step.forward_step import forward_step
-    from megatron_dft.training import agreement, model, output
+    from megatron_dft.training import agreement, machine, model, output
     from megatron_dft.training.data_provider import datasets_provider
     from megatron_dft.training.identity import run_identity
 
@@ -44,6 +44,7 @@ def _train(args: Any) -> None:
     checkpointing.fail_on_silent_exits()
     if not args.async_save:
         checkpointing.collect_write_results_here()
+    machine.report(args)
     handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
     out = output.Output(args, handle)

@@ -111,13 +111,16 @@ def specialised(kernel: JITFunction, values: dict) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        fixed = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or fixed:
             signature[name], constants[(position,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if signature[name] != "constexpr" and (signature[name][0] == "*" or value % 16 == 0):
+        if signature[name] == "constexpr" or parameter.do_not_specialize:
+            continue
+        if signature[name][0] == "*" or value % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

@@ -103,9 +103,40 @@ def read_config(source: str) -> dict[str, Any]:
                 f"that the hub gives: {reason}"
             ) from None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{path}: cannot be read as JSON: {reason}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(config).__name__}")
+    return config
+
+
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+          "vocab_size")  # fmt: skip
+_OPTIONAL = (
+    "num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
+_MOST_LAYERS = 10_000
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raise ValueError where a size is none."""
+    for key in (*_SIZES, *_OPTIONAL):
+        value, least = config.get(key), int(key in _SIZES)
+        most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31
+        if value is None and key in _OPTIONAL:
+            continue
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"config.json: {key}: expected a whole number from {least} to {most}, got "
+                f"{str(value)[:40]!r}"
+            )
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(type(n) is int for n in dense)):
+        raise ValueError(f"config.json: mlp_only_layers: expected numbers, got {str(dense)[:40]!r}")
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
@@ -116,7 +147,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
     kind = config.get("model_type")
     known = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "phi3")
     if kind not in known:
-        raise ValueError(f"model_type: expected one of {', '.join(known)}, got {kind!r}")
+        raise ValueError(f"model_type: expected one of {', '.join(known)}, got {str(kind)[:60]!r}")
+    _check_sizes(config)
     heads = config["num_attention_heads"]
     experts = config.get("num_local_experts") or config.get("num_experts") or 0
     every = config.get("decoder_sparse_step") or 1

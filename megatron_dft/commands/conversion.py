@@ -44,11 +44,11 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def compare_logits(checkpoint: HFCheckpoint, torch_dist: Path) -> None:
-    """Run verify.py in a process of its own: it chooses CPU or GPU for all of Megatron.
+    """Run compare_logits.py in a process of its own: it chooses CPU or GPU for all of Megatron.
 
     Raises ValueError when the logits differ.
     """
-    module = "megatron_dft.commands.verify"
+    module = "megatron_dft.commands.compare_logits"
     command = [sys.executable, "-m", module, str(checkpoint.path), str(torch_dist)]
     if subprocess.run(command, check=False).returncode:
         raise ValueError(f"--verify: {torch_dist} and {checkpoint.path} do not compute the same")

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from megatron_dft.data import scored_text
+from megatron_dft.data.end_tokens import probe_end_tokens
 from megatron_dft.data.schema import FORMATS
+from megatron_dft.data.tokenizer import encoder_spec
 from megatron_dft.drift import diagnosis_report
 from megatron_dft.drift.diagnosis import diagnose
 from megatron_dft.drift.scoring import load_model, score, windows
@@ -44,12 +46,19 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     print(f"diagnose: {len(rows):,} conversations of {total:,}", file=sys.stderr)
     scores = list(score(model, windows(rows, args.window)))
-    result = diagnose(scores, lambda i: tokenizer.decode([i]), frozenset(tokenizer.all_special_ids))
+    # Verbatim text ends with the tokenizer's own, chats with the template's.
+    ends = [*probe_end_tokens(encoder_spec(tokenizer))]
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    special = frozenset(tokenizer.all_special_ids)
+    result = diagnose(scores, lambda i: tokenizer.decode([i]), special, ends)
     notes = []
     if cut:
         notes.append(f"From {len(rows):,} of {total:,} conversations, drawn at random.")
     result |= {"model": str(args.model), "data": " ".join(args.data), "notes": notes}
     diagnosis_report.write(args.out, result)
     print(f"--loss {result['recommendation']['loss']}: {result['recommendation']['reason']}")
+    if "ends" in result["recommendation"]:
+        print(result["recommendation"]["ends"])
     print(f"report: {args.out / 'diagnosis.html'}")
     return 0

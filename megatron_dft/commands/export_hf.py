@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.commands.conversion import add_source_arguments, bar, compare_logits, quiet
-from megatron_dft.hf import bridge
+from megatron_dft.data.end_tokens import probe_end_tokens
+from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
+from megatron_dft.hf import bridge, companions
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
 from megatron_dft.storage.lock import held
@@ -27,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=dtype_word,
         choices=tuple(WORDS),
         help="of all tensors; default: as in the base model",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja file that the answers were trained with; default: what the checkpoint keeps of "
+        "its run, else the base model's",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument(
@@ -60,8 +68,10 @@ def _export(args: argparse.Namespace) -> int:
         revision = getattr(trained, "hf_revision", None)
     base = open_checkpoint(name, revision, args.trust_remote_code)
     card = model_card(base, objective=_objective(trained), parameters=_settings(trained))
+    companions.check(base)
+    chat = _trained_chat(args, trained, base)
     if bridge.uses_bridge(base, args.hf_bridge):
-        return _through_bridge(args, base, card)
+        return _through_bridge(args, base, card, chat)
     with bar("export") as progress:
         out = export_checkpoint(
             source,
@@ -70,6 +80,7 @@ def _export(args: argparse.Namespace) -> int:
             dtype=WORDS[args.dtype] if args.dtype else None,
             overwrite=args.overwrite,
             card=card,
+            chat=chat,
             progress=progress,
         )
     print(f"written: {out}")
@@ -80,7 +91,28 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _through_bridge(args: argparse.Namespace, base: HFCheckpoint, card: str) -> int:
+def _trained_chat(
+    args: argparse.Namespace, trained: Any, base: HFCheckpoint
+) -> companions.TrainedChat | None:
+    """From the run's own record; for older checkpoints, and with --chat-template, from a probe."""
+    kept = getattr(trained, "dft_trained_chat", None)
+    if kept is not None and args.chat_template is None:
+        return companions.TrainedChat(kept["templates"], tuple(kept["end_tokens"]))
+    if args.chat_template is None and getattr(trained, "loss", None) is None:
+        return None  # nothing was trained
+    file = args.chat_template or getattr(trained, "chat_template", None)
+    tokenizer = load_tokenizer(base.path, file, trust_remote_code=args.trust_remote_code)
+    spec = encoder_spec(tokenizer)
+    ends = probe_end_tokens(spec) if kept is None else tuple(kept["end_tokens"])
+    return companions.TrainedChat(spec.templates if file else None, ends)
+
+
+def _through_bridge(
+    args: argparse.Namespace,
+    base: HFCheckpoint,
+    card: str,
+    chat: companions.TrainedChat | None,
+) -> int:
     for flag, given in (("--dtype", args.dtype), ("--verify", args.verify)):
         if given:
             raise ValueError(f"{flag}: not with megatron-bridge, which does its own; drop it")
@@ -91,6 +123,7 @@ def _through_bridge(args: argparse.Namespace, base: HFCheckpoint, card: str) -> 
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
         card=card,
+        chat=chat,
     )
     print(f"written by megatron-bridge: {out}")
     if args.push_to_hub:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from megatron_dft.cluster import node_checks
 from megatron_dft.compat import loopback
+from megatron_dft.flags.defaults import has_transformer_engine
+from megatron_dft.training import attention, machine
 
 SUMMARY = "check the nodes of an allocation"
 _SKEW = 5.0  # seconds
@@ -79,11 +81,25 @@ def _print(reports: list[dict[str, Any]], bandwidth: float | None) -> None:
         verdict = "; ".join(r["wrong"]) or "ok"
         print(f"{r['host']:20}{r['gpus']:6d}{r['free']:10.1f}{r['speed']:12.0f}  {verdict}")
     print("  ".join(f"{name} {version}" for name, version in reports[0]["versions"].items()))
+    for line in reports[0]["machine"]:
+        print(line)
     if bandwidth is not None:
         print(f"all-reduce between the nodes: {bandwidth:.1f} GB/s")
     bad = [r["host"] for r in reports if r["wrong"]]
     if bad:
         print(f"bad nodes: {','.join(bad)} (leave them out: sbatch --exclude {','.join(bad)})")
+
+
+def _machine(training: list[str]) -> tuple[list[str], list[str]]:
+    """(lines on what this node is, complaints): the attention of --hf-model's packed rows too."""
+    chosen = None
+    shape = attention.of_command_line(training)
+    if shape is not None and torch.cuda.is_available() and has_transformer_engine():
+        chosen = attention.backend(shape)
+    lines = machine.describe(chosen, "packed rows" if shape and shape.packed else "rows")
+    if chosen is None or chosen in (attention.FUSED, attention.FLASH):
+        return lines, []
+    return lines, [f"attention is {chosen}: {machine.UNFUSED_REMEDY}"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         )
         dist.barrier()
         found |= {"clock": time.time(), "backend": backend}
+        found["machine"], unfused = _machine(args.training)
+        found["wrong"] += unfused
         reports: list[Any] = [None] * size
         dist.all_gather_object(reports, found)
     except Exception as error:

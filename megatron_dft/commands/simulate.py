@@ -9,7 +9,6 @@ no model is built.
 
 import contextlib
 import io
-import json
 import os
 import resource
 import sys
@@ -19,13 +18,14 @@ from typing import Any
 
 from megatron_dft.cluster.model_shape import read_config
 from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.storage.files import read_json_object
 from megatron_dft.training.launch import REFUSED, configure, one_line
 
 
 def _config_only(directory: Path) -> HFCheckpoint:
     """A checkpoint that has no tensors."""
     file = directory / "config.json" if directory.is_dir() else directory
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json_object(file)
     return HFCheckpoint(file.parent, str(file.parent), None, config, {})
 
 

@@ -1,82 +1,83 @@
-"""Compare the logits of a torch_dist checkpoint in Megatron with a Hugging Face one in
-transformers.
-
-`python -m megatron_dft.commands.verify HF_DIRECTORY TORCH_DIST` prints the largest difference in
-fp32 on a prompt and exits 1 when it is above the tolerance. `megatron-dft import|export --verify`
-call it.
-"""
+"""`megatron-dft verify SAMPLES`: samples → rewards → the rows that train."""
 
 import argparse
-import sys
+from pathlib import Path
 
-import torch
+from megatron_dft.commands import rollout_flags as flags
+from megatron_dft.rollout.keep import DEDUPE, KEEP, WEIGHTS, KeepRules, select, training_rows
+from megatron_dft.rollout.prompts import Skips
+from megatron_dft.rollout.rewards import reward_samples, unusual
+from megatron_dft.rollout.store import json_lines, read_settings
+from megatron_dft.storage.files import write_whole
 
-from megatron_dft.cpu import runtime
-from megatron_dft.drift.scoring import load_model
-from megatron_dft.hf.config import own_layers
-from megatron_dft.hf.source import open_checkpoint
-
-TOLERANCE = 1e-3  # of the largest logit; rounding in fp32 is a hundred times smaller
-PROMPT = "If a train travels 120 km in 1.5 hours, how fast is it?"
+SUMMARY = "reward samples, keep what verifies, write the trainer's JSONL"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_dft.commands.verify", description=__doc__
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("samples", type=Path, help="directory that `megatron-dft sample` wrote")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="training rows with reward and weight, for --train-data; every sample's reward goes "
+        "to FILE's name with .rewards.jsonl",
     )
-    parser.add_argument("hf_directory")
-    parser.add_argument("torch_dist")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        runtime.activate()
-    elif own_layers(open_checkpoint(args.hf_directory)) is not None:
-        print(
-            "--verify: this architecture is compared on the CPU layers; set CUDA_VISIBLE_DEVICES="
-        )
-        return 1
-    ids = _prompt(args.hf_directory)
-    ours = _megatron_logits(args.hf_directory, args.torch_dist, ids)
-    theirs = _transformers_logits(args.hf_directory, ids)
-    difference = (ours - theirs).abs().max().item()
-    scale = theirs.abs().max().item()
-    print(f"verified: logits differ by at most {difference:.1e} (largest logit {scale:.3g})")
-    return int(not difference <= TOLERANCE * scale)
+    flags.add_verifier_arguments(parser)
+    group = parser.add_argument_group("what is kept")
+    add = group.add_argument
+    add(
+        "--keep",
+        choices=KEEP,
+        default="correct",
+        help="correct: reward of --threshold or more; best: a prompt's highest; all: whatever has "
+        "a reward (%(default)s)",
+    )
+    add("--per-prompt", type=int, metavar="N", help="most rows of a prompt (best: 1)")
+    add(
+        "--dedupe",
+        choices=DEDUPE,
+        default="text",
+        help="a prompt's samples of one text, or one answer, count once (%(default)s)",
+    )
+    add(
+        "--weight",
+        choices=WEIGHTS,
+        default="one",
+        help="1, the reward, or 1 / kept samples of the prompt (%(default)s)",
+    )
+    add("--keep-cut", action="store_true", help="keep answers that --max-tokens cut off too")
 
 
-def _prompt(hf_directory: str) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(hf_directory)(PROMPT, return_tensors="pt").input_ids
-
-
-def _megatron_logits(hf_directory: str, torch_dist: str, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [1, s, vocabulary] of the torch_dist checkpoint."""
-    from megatron.core import dist_checkpointing, tensor_parallel
-
-    from megatron_dft.hf import skeleton
-    from megatron_dft.hf.convert_export import find_iteration
-
-    source = str(find_iteration(torch_dist))
-    with skeleton.single_process():
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        model = skeleton.build(open_checkpoint(hf_directory), device="cpu").float().eval()
-        content = (
-            dist_checkpointing.load_common_state_dict(source).get("content_metadata")
-            or skeleton.CONTENT
-        )
-        state = {"model": model.sharded_state_dict(metadata=skeleton.with_groups(content))}
-        model.load_state_dict(dist_checkpointing.load(state, source)["model"])
-        positions = torch.arange(ids.shape[1])[None]
-        hidden = torch.ones(1, 1, ids.shape[1], ids.shape[1]).tril() < 0.5
-        with torch.no_grad():
-            return model.cuda()(ids.cuda(), positions.cuda(), hidden.cuda()).cpu().float()
-
-
-def _transformers_logits(hf_directory: str, ids: torch.Tensor) -> torch.Tensor:
-    model = load_model(hf_directory)
-    with torch.no_grad():
-        return model(ids).logits
+def run(args: argparse.Namespace) -> int:
+    """Raises ValueError where nothing is kept; the rewards are written all the same."""
+    rules = KeepRules(
+        args.keep, args.threshold, args.per_prompt, args.dedupe, args.weight, args.keep_cut
+    )
+    rules.check()
+    spec = flags.verifier(args)
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: its folder does not exist; make it first")
+    raw = bool(read_settings(args.samples).get("raw"))
+    rewarded = reward_samples(args.samples, spec, args.workers)
+    rewards = args.out.with_name(f"{args.out.stem}.rewards.jsonl")
+    write_whole(rewards, json_lines(one.record() for one in rewarded))
+    known = [one for one in rewarded if one.reward is not None]
+    right = sum(one.reward is not None and one.reward >= args.threshold for one in known)
+    mean = sum(one.reward or 0 for one in known) / max(len(known), 1)
+    print(f"{len(rewarded):,} samples: {right:,} correct, mean reward {mean:.3f}: {rewards}")
+    strange = unusual(rewarded)
+    _tell("verifier", strange)
+    kept, left = select(rewarded, rules, raw)
+    _tell("left out", left)
+    if not kept:
+        raise ValueError(f"--keep {args.keep}: no sample is left to train on: {left}")
+    write_whole(args.out, json_lines(training_rows(kept, rules, raw)))
+    of = len({one.prompt.number for one in kept})
+    print(f"{args.out}: {len(kept):,} rows of {of:,} prompts")
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _tell(what: str, found: Skips) -> None:
+    if found.counts:
+        print(f"{what}: {found}")

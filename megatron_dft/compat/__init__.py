@@ -48,6 +48,7 @@ WRAPPED: dict[str, str] = {
     f"{_RERUN}.should_checkpoint_and_exit": "the ranks agree on a bad number once a step",
     # checkpoints
     f"{_CHECKPOINTING}:check_checkpoint_args": "targets of the lens go on where they stopped",
+    f"{_CHECKPOINTING}:_load_base_checkpoint": "groups of another learning rate are found",
     f"{_CHECKPOINTING}:sys": "a checkpoint that fails to load exits with a status that is not 0",
     f"{_CHECKPOINTING}:maybe_msc": "the tracker file is replaced and never truncated",
     "megatron.core.dist_checkpointing:save": "a clean directory before, the manifest after",

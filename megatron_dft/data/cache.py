@@ -17,7 +17,7 @@ from typing import Any
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tables import open_dataset
-from megatron_dft.storage.files import sha256_of_file, write_whole
+from megatron_dft.storage.files import read_json_object, sha256_of_file, write_whole
 
 # Raise it whenever the same rows would give other tokens or masks.
 VERSION = 2
@@ -66,10 +66,11 @@ def content_hash(path: Path, cache: Path | None) -> str:
     settled = time.time() - max(times) / 1e9 > _SETTLED_SECONDS
     note = None if cache is None else cache / "hashes" / f"{digest(identity[0])}.json"
     if note is not None and settled and note.exists():
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-            known = json.loads(note.read_text())
-            if known["identity"] == identity:
-                return known["sha256"]
+        with contextlib.suppress(ValueError):  # a damaged note is made anew
+            known = read_json_object(note)
+            value = known.get("sha256")
+            if known.get("identity") == identity and isinstance(value, str) and len(value) == 64:
+                return value
     value = sha256_of_file(path)
     if note is not None and settled:
         with contextlib.suppress(OSError):  # it is hashed again at the next start

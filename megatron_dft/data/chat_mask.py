@@ -71,7 +71,7 @@ class TurnRenderer:
         if conversation.text is not None:
             return [self._render_verbatim(conversation)]
         try:
-            if any("tool_calls" in m for m in conversation.messages):
+            if conversation.calls:
                 conversation = self._dialect.adapt(conversation)
             if self.template.has_marks:
                 rendered = [self._render_by_marks(conversation)]
@@ -177,7 +177,8 @@ class TurnRenderer:
         return len(head), self._ends.behind(own, len(head), turn)
 
     def _kinds(self, text: str, span: Span, end: Span, message: dict[str, Any]) -> list[Kind]:
-        kinds = [(a, b, _WRITTEN) for a, b in written(text, span[0], end[0], message)]
+        found = written(text, span[0], end[0], message)
+        kinds = [(a, b, _WRITTEN) for a, b in found] if found else []
         if end[0] < end[1]:
             kinds.append((*end, _END))
         if end[1] < span[1]:

@@ -18,8 +18,8 @@ class Conversation:
     None or absent, as the row has it; trained: indices of the assistant messages that train,
     ascending, never empty; tools: JSON schemas or None; text: (prompt, completion); weights: factor
     on the loss of a trained message (of a text: of index 0) where it is not 1, always above 0;
-    unread: keys of messages that only the template might read; notes: what of this row is counted
-    and said once for all rows.
+    calls: some message has tool calls; unread: keys of messages that only the template might read;
+    notes: what of this row is counted and said once for all rows.
     """
 
     messages: list[dict[str, Any]]
@@ -27,6 +27,7 @@ class Conversation:
     tools: list[Any] | None = None
     text: tuple[str, str] | None = None
     weights: dict[int, float] = field(default_factory=dict)
+    calls: bool = False
     unread: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 

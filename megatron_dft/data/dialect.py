@@ -48,6 +48,7 @@ class Dialect:
             conversation.trained,
             conversation.tools,
             weights=conversation.weights,
+            calls=True,
             unread=conversation.unread,
             notes=conversation.notes,
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.files import read_json_object, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,10 @@ def check_resume(
     if not path.exists():
         return []
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        saved = read_json_object(path)
+        if not has_sources(saved):
+            raise ValueError("it lists no sources")
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} is not readable: {error}; delete it to resume") from None
     changes = differences(saved, identity)
     if changes and not allow_change:
@@ -72,6 +74,12 @@ def check_resume(
     for change in changes:
         log.warning("resuming with changed data: %s", change)
     return changes
+
+
+def has_sources(identity: Any) -> bool:
+    """Whether what a file holds can be the identity of a data set."""
+    sources = identity.get("sources") if isinstance(identity, dict) else None
+    return isinstance(sources, list) and all(isinstance(source, dict) for source in sources)
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

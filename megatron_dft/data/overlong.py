@@ -16,7 +16,8 @@ OVERLONG = ("refuse", "drop", "truncate")
 class Conversations:
     """All usable conversations of several stores, numbered through, cut to fit a row.
 
-    counts: what fit_conversations left out or cut. Raises ValueError as it does.
+    stores: where they lie; counts: what fit_conversations left out or cut. Raises ValueError as it
+    does.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Conversations:
         chosen: Sequence[np.ndarray] | None = None,
     ) -> None:
         """chosen: bool [N] for each store, which of its conversations are used; None for all."""
-        self._stores = list(stores)
+        self.stores = list(stores)
         self._kept, self._ends, self.counts = fit_conversations(
             stores, seq_length, overlong, chosen
         )
@@ -55,13 +56,13 @@ class Conversations:
     def __getitem__(self, number: int) -> np.ndarray:
         """uint32 [n]: flagged tokens of one conversation (see spec.SUPERVISED)."""
         store, local = self._locate(number)
-        flagged = self._stores[store].flagged(int(self._kept[store][local]))
+        flagged = self.stores[store].flagged(int(self._kept[store][local]))
         return flagged[: self._ends[store][local]]
 
     def token_weights(self, number: int) -> np.ndarray:
         """float32 [n]: the factor on each token's loss, above 0 exactly where it trains."""
         store, local = self._locate(number)
-        weights = self._stores[store].token_weights(int(self._kept[store][local]))
+        weights = self.stores[store].token_weights(int(self._kept[store][local]))
         return weights[: self._ends[store][local]]
 
     def source(self, number: int) -> int:
@@ -71,7 +72,7 @@ class Conversations:
     def where(self, number: int) -> str:
         """file:line of the row that a conversation came from."""
         store, local = self._locate(number)
-        return self._stores[store].where(int(self._kept[store][local]))
+        return self.stores[store].where(int(self._kept[store][local]))
 
     def _locate(self, number: int) -> tuple[int, int]:
         store = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from megatron_dft.data.cache import content_hash
-from megatron_dft.data.fingerprint import differences
+from megatron_dft.data.fingerprint import differences, has_sources
 from megatron_dft.data.overlong import Conversations
 from megatron_dft.data.packing import windows
-from megatron_dft.storage.files import whole_file, write_whole
+from megatron_dft.storage.files import read_json_object, whole_file, write_whole
 
 FLAG = "--dft-reference-scores"
 VERSION = 1
@@ -61,11 +61,24 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["version"] != VERSION:
-            raise ValueError(f"version {found['version']}")
+        found = read_json_object(path)
+        if found.get("version") != VERSION:
+            raise ValueError(f"version {str(found.get('version'))[:40]}")
+        data, model = found.get("data"), found.get("model")
+        # A plan has no tokens and no hash yet.
+        tokens, sha256 = (found.get(k, d) for k, d in (("tokens", 1), ("sha256", "")))
+        if path.name == _HEADER and not {"tokens", "sha256"} <= found.keys():
+            raise ValueError("its number of tokens or its hash is missing")
+        if not isinstance(data, dict) or not has_sources(data):
+            raise ValueError("it does not say of which data")
+        if not {"cut", "seq_length", "overlong"} <= data.keys():
+            raise ValueError("it does not say of which data")
+        if not isinstance(model, dict) or not {"name", "dtype"} <= model.keys():
+            raise ValueError("it does not say of which model")
+        if type(tokens) is not int or tokens < 1 or not isinstance(sha256, str):
+            raise ValueError("its number of tokens or its hash is none")
         return found
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{FLAG}: {str(path)!r} is not readable ({error}); delete the directory and score again"
         ) from None
@@ -74,6 +87,17 @@ def _read(path: Path) -> dict[str, Any]:
 def _offsets(conversations: Conversations) -> np.ndarray:
     """int64 [N + 1]: where each conversation's scores begin; the first token has none."""
     return np.concatenate([[0], np.cumsum(conversations.lengths() - 1)]).astype(np.int64)
+
+
+def _covers(borders: Any, conversations: int) -> bool:
+    """Whether [begin, end) pairs follow each other over all conversations."""
+    if not isinstance(borders, list) or not all(
+        isinstance(b, list) and len(b) == 2 for b in borders
+    ):
+        return False
+    ends = [0, *(n for border in borders for n in border), conversations]
+    whole = all(type(n) is int for n in ends)
+    return whole and ends[::2] == ends[1::2] and all(b <= e for b, e in borders)
 
 
 class ReferenceScores:
@@ -176,6 +200,11 @@ class ScoreWriter:
             raise ValueError(
                 f"{FLAG}: {str(self._directory)!r} holds scores of something else: "
                 f"{'; '.join(changes)}; choose another directory, or delete this one"
+            )
+        if not _covers(saved.get("borders"), len(self._starts) - 1):
+            raise ValueError(
+                f"{FLAG}: the segments of {str(self._directory)!r} do not follow each other; "
+                "delete the directory and score again"
             )
         self._plan["borders"] = saved["borders"]
 

@@ -22,19 +22,22 @@ _EMPTY: tuple[Any, ...] = (None, "", {})
 
 def shape(conversation: Conversation) -> tuple[Any, ...]:
     """Equal for conversations whose texts alone differ."""
-    last, trained = conversation.trained[-1], set(conversation.trained)
-    return (
-        len(conversation.tools or ()),
-        *(_form(m, i in trained) for i, m in enumerate(conversation.messages[: last + 1])),
-    )
+    trained = set(conversation.trained)
+    forms: list[Any] = [len(conversation.tools or ())]
+    for index, message in enumerate(conversation.messages[: conversation.trained[-1] + 1]):
+        content = message.get("content")
+        # In line, because nearly every message of every row is one of these.
+        if len(message) == 2 and content and not content.isspace():
+            forms.append("trained" if index in trained else message["role"])
+        else:
+            forms.append(_form(message, index in trained))
+    return tuple(forms)
 
 
 def _form(message: Mapping[str, Any], trains: bool) -> Any:
     content = message.get("content", ...)
     if isinstance(content, str):
         content = not content or content.isspace()
-    if len(message) == 2 and content is False:
-        return "trained" if trains else message["role"]
     thinks = any(message.get(name, "").strip() for name in REASONING_NAMES)
     calls = []
     for call in message.get("tool_calls", ()):

@@ -31,7 +31,7 @@ import numpy as np
 from megatron_dft.data.cache import partial_path
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
 from megatron_dft.data.verified import check_files, remember
-from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.files import read_json_object, write_whole
 
 _ARRAYS = {"tokens.u32": "<u4", "offsets.i64": "<i8", "rows.i64": "<i8", "files.i32": "<i4"}
 _WEIGHTS = "weights.f32"
@@ -217,17 +217,27 @@ class StoreWriter:
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
+    """meta.json; ValueError where it is not what `finish` wrote."""
     try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        names = {*_ARRAYS, *({_WEIGHTS} & set(meta["bytes"]))}
-        if not names <= set(meta["sha256"]) or not isinstance(meta["largest_id"], int):
-            raise ValueError("it lacks hashes")
-        return meta
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        meta = read_json_object(directory / "meta.json")
+        sizes, counts, hashes = meta.get("bytes"), meta.get("counts"), meta.get("sha256")
+        if not isinstance(sizes, dict) or not isinstance(hashes, dict):
+            raise ValueError("meta.json lacks sizes or hashes")
+        kinds = _ARRAYS | ({_WEIGHTS: "<f4"} if _WEIGHTS in sizes else {})
+        for name, kind in kinds.items():
+            size = sizes.get(name)
+            if type(size) is not int or size < 0 or size % int(kind[-1]) or name not in hashes:
+                raise ValueError(f"meta.json has no size or hash of {name}")
+        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+            raise ValueError("meta.json counts something that is no number")
+        if not isinstance(meta.get("paths", []), list) or type(meta.get("largest_id")) is not int:
+            raise ValueError("meta.json lacks paths or the largest id")
+    except ValueError as error:
         raise ValueError(
-            f"the data cache {str(directory)!r} is damaged: meta.json is not readable ({error}); "
-            "delete the directory and start again"
+            f"the data cache {str(directory)!r} is damaged: {error}; delete the directory and "
+            "start again"
         ) from None
+    return meta
 
 
 def _largest_id(block: Block) -> int:

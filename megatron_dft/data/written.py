@@ -17,8 +17,8 @@ def written(text: str, start: int, stop: int, message: Mapping[str, Any]) -> lis
     written: a token of the row must never be taken for one of the template.
     """
     if len(message) == 2:  # role and content alone, as nearly always
-        content = message["content"]
-        if stop - start == len(content) and text.startswith(content, start):
+        content = message.get("content")
+        if content and stop - start == len(content) and text.startswith(content, start):
             return []
     own: list[Span] = []
     at = start

@@ -106,12 +106,15 @@ def _listing(tokens: _Tokens, chosen: np.ndarray, text_of: Callable[[int], str])
 
 
 def diagnose(
-    scores: Sequence[TokenScores], text_of: Callable[[int], str], special: frozenset[int]
+    scores: Sequence[TokenScores],
+    text_of: Callable[[int], str],
+    special: frozenset[int],
+    ends: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The whole diagnosis as plain dicts, ready for JSON.
 
-    `text_of`: token id → its decoded text; `special`: ids of special tokens. Raises ValueError
-    where there is no token.
+    `text_of`: token id → its decoded text; `special`: ids of special tokens; `ends`: those that end
+    an answer. Raises ValueError where there is no token.
     """
     if not scores or not sum(len(s.target) for s in scores):
         raise ValueError("the data has no supervised token; check its assistant turns")
@@ -127,9 +130,12 @@ def diagnose(
     words = _group(tokens, said) if said.any() else overall
     # Rare: each occurrence among those ids that together make up the rarest tenth of the data.
     rare = frequency <= np.quantile(frequency, 0.1)
+    is_end = np.isin(tokens.target, np.array(ends, dtype=np.int64))
+    at_ends = _group(tokens, is_end) if is_end.any() else None
     return {
         "overall": overall,
         "without_special": words,
+        "ends": at_ends,
         "places": {
             place_name(a, b): _group(tokens, here)
             for a, b in PLACES
@@ -140,7 +146,7 @@ def diagnose(
         "missing_knowledge": _listing(tokens, low & ~sure, text_of),
         "rare_but_right": _listing(tokens, rare & (tokens.prob > STRONG), text_of),
         "map": _map(tokens),
-        "recommendation": recommend(words),
+        "recommendation": recommend(words) | weigh_ends(at_ends),
     }
 
 
@@ -151,6 +157,18 @@ def _map(tokens: _Tokens) -> dict[str, Any]:
         tokens.prob, tokens.entropy, bins=(BINS, 24), range=((0, 1), (0, top))
     )
     return {"counts": counts.astype(int).tolist(), "entropy_edges": edges.tolist()}
+
+
+def weigh_ends(ends: dict[str, Any] | None) -> dict[str, str]:
+    """{"ends": what DFT's weight means for the tokens that end an answer}; nothing where they are
+    likely already."""
+    if ends is None or ends["mean_prob"] >= STRONG:
+        return {}
+    return {
+        "ends": f"The base gives the tokens that end an answer a mean probability of "
+        f"{ends['mean_prob']:.3f}. A loss that weighs by it teaches them slowly, and the model may "
+        "never learn to stop: add --dft-full-weight end to any --loss but sft."
+    }
 
 
 def recommend(overall: dict[str, Any]) -> dict[str, str]:

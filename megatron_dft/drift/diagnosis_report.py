@@ -138,7 +138,8 @@ def sections(result: dict[str, Any]) -> list[Section]:
         for name, rows in (
             (
                 "all",
-                {"all": result["overall"], "without special tokens": result["without_special"]},
+                {"all": result["overall"], "without special tokens": result["without_special"]}
+                | ({"ends of answers": result["ends"]} if result["ends"] else {}),
             ),
             ("place in the answer", result["places"]),
             ("token class", result["classes"]),
@@ -148,7 +149,10 @@ def sections(result: dict[str, Any]) -> list[Section]:
         Section(
             "Recommendation",
             result.get("notes", ()),
-            verdict=(f"--loss {advice['loss']}", advice["reason"]),
+            verdict=(
+                f"--loss {advice['loss']}",
+                " ".join(advice[key] for key in ("reason", "ends") if key in advice),
+            ),
         ),
         Section(
             f"What {name} expects",

@@ -35,11 +35,26 @@ _LOCAL: dict[str, Refusal] = {
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag; nothing is parsed or checked."""
+    parser.add_argument_group("attention").add_argument(
+        "--require-fused-attention",
+        action="store_true",
+        help="end the run at its start where Transformer Engine would take unfused attention for "
+        "the rows of this model, which costs several times the step; default: warn",
+    )
+
+
 def check(args: argparse.Namespace, on_cpu: bool) -> None:
     """Raise one ValueError for what this device or its layers cannot do.
 
     args: parsed, not yet validated by Megatron. on_cpu: whether the CPU runtime is active.
     """
+    if args.require_fused_attention and (on_cpu or args.transformer_impl == "local"):
+        raise ValueError(
+            "--require-fused-attention: expected a GPU and transformer-engine, got "
+            f"{'a CPU' if on_cpu else '--transformer-impl local'}; drop it"
+        )
     is_local = args.transformer_impl == "local"
     if not is_local and not has_transformer_engine():
         where = "on a CPU" if on_cpu else "without transformer-engine"

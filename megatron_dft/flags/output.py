@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_dft.hf import directory
+from megatron_dft.hf import companions
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
 
@@ -61,7 +61,7 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
     if checkpoint is not None and target.resolve() == checkpoint.path.resolve():
         raise ValueError(f"--save-hf: {target} is the base model itself; choose another directory")
     if checkpoint is not None:
-        directory.check_companions(checkpoint)
+        companions.check(checkpoint)
     refuse_filled(args)
 
 

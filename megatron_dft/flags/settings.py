@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_dft.flags.route import LossRoute
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.losses.registry import Objective
 
@@ -11,10 +12,12 @@ class Settings:
     """What no single flag holds.
 
     objective             --loss and its parameters
+    route                 where the loss is computed
     checkpoint            the opened --hf-model
     vocab_size            the model's own, without Megatron's padding; None: as padded
     reference_checkpoint  the base that a frozen model is made of; None: nothing is compared, or
                           stored scores serve
+    full_weight           bits of the rows' token_kinds: tokens of these kinds take weight 1
     reference_scores      directory of a reference's stored log-probabilities, which the training
                           rows then carry
     """
@@ -22,8 +25,10 @@ class Settings:
     objective: Objective
     checkpoint: HFCheckpoint | None
     vocab_size: int | None
+    route: LossRoute
     reference_checkpoint: HFCheckpoint | None = None
     reference_scores: str | None = None
+    full_weight: int = 0
 
 
 _settings: Settings | None = None

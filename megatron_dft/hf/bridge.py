@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_dft.compat import safe_load
 from megatron_dft.hf import directory
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.compare import compare_bytes
 from megatron_dft.hf.consumption import check_finite
 from megatron_dft.hf.families import FAMILIES, REFUSED, family_of
@@ -120,6 +121,7 @@ def export_checkpoint(
     overwrite: bool,
     trust_remote_code: bool,
     card: str | None,
+    chat: TrainedChat | None = None,
 ) -> Path:
     """Write what `import_checkpoint` made, trained since, as a Hugging Face directory.
 
@@ -136,7 +138,7 @@ def export_checkpoint(
     files = sorted({info.file.name for info in written.tensors.values()})
     for file in files:
         flush(staging / file)
-    directory.finish(checkpoint, staging, out, files, dtype=None, card=card)
+    directory.finish(checkpoint, staging, out, files, dtype=None, card=card, chat=chat)
     return out
 
 

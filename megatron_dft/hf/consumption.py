@@ -12,11 +12,22 @@ from megatron_dft.hf.pieces import PADDING
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.safetensors import Reader, StoredTensor
 
+# Others are codes of quantised weights, worth nothing without their scales.
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_shapes(shard: Shard, checkpoint: HFCheckpoint) -> None:
-    """Raise ValueError unless the tensors of this parameter exist in the shapes it implies."""
+    """Raise ValueError unless the tensors of this parameter exist, in the shapes it implies, and
+    in a dtype that holds weights as they are."""
     for name, expected in shard.hf_shapes().items():
-        shape = _info(shard, name, checkpoint).shape
+        info = _info(shard, name, checkpoint)
+        shape = info.shape
+        if info.dtype not in _WEIGHTS:
+            raise ValueError(
+                f"{checkpoint.path}: tensor {name!r} is {str(info.dtype).removeprefix('torch.')} "
+                f"({info.file.name}): expected float32, bfloat16 or float16; give the unquantised "
+                "checkpoint, or dequantise this one"
+            )
         if shape != expected:
             raise ValueError(
                 f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}, but config.json and "

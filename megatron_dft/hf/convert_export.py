@@ -12,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_dft.hf import directory, skeleton
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.consumption import check_shapes
 from megatron_dft.hf.convert_import import Progress
 from megatron_dft.hf.export import MAX_FILE_BYTES, file_names, plan_files
@@ -65,6 +66,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: str | None = None,
+    chat: TrainedChat | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Path:
@@ -103,7 +105,7 @@ def export_checkpoint(
             progress(min(done, total), total)
         for writer in writers:
             writer.close()
-    directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card)
+    directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card, chat=chat)
     return out
 
 

@@ -12,29 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_dft.hf import links
+from megatron_dft.hf import companions, links
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.files import flush
 from megatron_dft.storage.model_files import INDEX
 from megatron_dft.storage.safetensors import StoredTensor, read_header
-
-# Files of the base model that go with any weights derived from it.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def target(out_dir: str | Path) -> Path:
@@ -65,24 +47,13 @@ def heal(out_dir: Path) -> None:
         flush(old.parent)
 
 
-def check_companions(checkpoint: HFCheckpoint) -> None:
-    """Raise ValueError, before anything is trained or written, for a file that is not copied."""
-    for file in [*_companions(checkpoint.path), checkpoint.path / "config.json"]:
-        links.check(checkpoint.path, file)
-
-
-def _companions(path: Path) -> list[Path]:
-    patterns = (*_COMPANIONS, "chat_templates/**/*")
-    return [file for pattern in patterns for file in path.glob(pattern) if file.is_file()]
-
-
 def start(checkpoint: HFCheckpoint, out_dir: Path, overwrite: bool) -> Path:
     """Make the staging directory, mending what a killed export left there; returns its path.
 
     Raises ValueError when `out_dir` exists with something in it and `overwrite` is off, when it is
-    a file, or when it is the base checkpoint itself; and as `check_companions`.
+    a file, or when it is the base checkpoint itself; and as `companions.check`.
     """
-    check_companions(checkpoint)
+    companions.check(checkpoint)
     heal(out_dir)
     if out_dir.exists():
         if not out_dir.is_dir():
@@ -110,11 +81,13 @@ def finish(
     *,
     dtype: torch.dtype | None,
     card: str | None,
+    chat: companions.TrainedChat | None = None,
 ) -> None:
     """Check the weight files, add everything else, flush, rename `staging` to `out_dir`.
 
-    files: names of the safetensors files in `staging`, closed and flushed. Raises ValueError when
-    they do not hold every tensor of the base checkpoint in its shape.
+    files: names of the safetensors files in `staging`, closed and flushed. chat: what the answers
+    were trained with; None where nothing was. Raises ValueError when the files do not hold every
+    tensor of the base checkpoint in its shape.
     """
     written: dict[str, StoredTensor] = {}
     for file in files:
@@ -126,10 +99,7 @@ def finish(
             "weight_map": {n: t.file.name for n, t in sorted(written.items())},
         }
         (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for source in _companions(checkpoint.path):
-        copied = staging / source.relative_to(checkpoint.path)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        links.copy(checkpoint.path, source, copied)
+    companions.write(checkpoint, staging, chat)
     if card is not None:
         (staging / "README.md").write_text(card, encoding="utf-8")
     _write_config(checkpoint, staging, dtype)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_dft.hf import directory
 from megatron_dft.hf.collective import gather, raise_together
+from megatron_dft.hf.companions import TrainedChat
 from megatron_dft.hf.parameters import Shard, shards
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.safetensors_writer import Writer
@@ -26,6 +27,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: str | None = None,
+    chat: TrainedChat | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Collective. Write the model as a Hugging Face directory that transformers loads; returns it.
@@ -37,6 +39,7 @@ def save_hf(
     out_dir     on a file system that every rank sees; must not exist or be empty unless `overwrite`
     dtype       of all tensors; None keeps each tensor's dtype in the base checkpoint
     card        README.md (see `card.model_card`)
+    chat        the template and the end tokens of the trained answers; None keeps the base's
 
     The tensor-parallel rank 0 of each pipeline stage (and of each expert-parallel rank for experts)
     writes what it owns, tensor by tensor: no process holds more than its shard and one whole
@@ -62,7 +65,9 @@ def save_hf(
     raise_together(
         _attempt(
             lambda: _on_rank0(
-                lambda: directory.finish(checkpoint, staging, out, files, dtype=dtype, card=card)
+                lambda: directory.finish(
+                    checkpoint, staging, out, files, dtype=dtype, card=card, chat=chat
+                )
             )
         )
     )

@@ -15,7 +15,10 @@ from megatron_dft.storage.safetensors import StoredTensor
 
 _MOST_LAYERS = 10_000  # where the files' headers do not say
 # What an import needs; `original/`, `.bin`, ONNX and GGUF copies of the weights stay on the hub.
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_HUB_PATTERNS = [
+    "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def _check_layers(path: Path, config: dict[str, Any], most: int) -> None:
     layers = config.get("num_hidden_layers", 1)
     if type(layers) is not int or not 0 < layers <= most:
         raise ValueError(
-            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most}, of "
-            f"which there are tensors, got {str(layers)[:40]}"
+            f"{path}/config.json: num_hidden_layers: expected a whole number from 1 to {most} "
+            f"(there are no more tensors), got {str(layers)[:40]}"
         )
 
 
@@ -73,14 +76,15 @@ def _resolve(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
+def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | None]:
     """Download (or find in the cache) a hub repository; returns its directory and the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # a failure is reported once, by the caller
+    patterns = [*_HUB_PATTERNS, "*.py"] if code else _HUB_PATTERNS
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -128,7 +132,7 @@ def open_checkpoint(
     """
     path, commit = Path(name_or_path), None
     if not path.is_dir():
-        path, commit = _fetch(os.fspath(name_or_path), revision)
+        path, commit = _fetch(os.fspath(name_or_path), revision, trust_remote_code)
     elif revision is not None:
         raise ValueError(f"--hf-revision {revision}: {path} is a directory, which has no revisions")
     if not (path / "config.json").is_file():

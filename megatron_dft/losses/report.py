@@ -12,6 +12,8 @@ HISTOGRAM_BINS = 10
 HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
+END_PROB = "dft/end-prob"
+ENDS = "dft/ends"  # how many tokens END_PROB is a mean over; not reported
 
 
 def histogram_key(index: int) -> str:
@@ -28,6 +30,7 @@ def token_figures(
     mask: Tensor,
     correct: Tensor | None,
     kl: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Names, and sums over the supervised tokens of one micro-batch on one rank, their number last.
 
@@ -39,6 +42,7 @@ def token_figures(
         mask: [b, s], 0 or 1.
         correct: bool [b, s], whether the target is the model's first choice; None if not known.
         kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
+        ends: bool [b, s], which supervised tokens end a turn; None if not known.
     """
     supervised, p = mask.bool(), (-cross_entropy).exp()
     found = {CROSS_ENTROPY: cross_entropy}
@@ -51,6 +55,8 @@ def token_figures(
         found["dft/token-accuracy"] = correct
     if kl is not None:
         found["dft/kl"] = kl
+    if ends is not None:
+        found[END_PROB], found[ENDS] = torch.where(ends, p, 0.0), ends
     values = torch.stack([*(x.detach().float() for x in found.values()), torch.ones_like(p)])
     parts = [torch.where(supervised, values, 0.0).flatten(1).sum(1)]
     if objective is not None:
@@ -70,13 +76,18 @@ def loss_report(
     mask: Tensor,
     correct: Tensor | None,
     kl: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """name → fp32 [sum, count] of one micro-batch on one rank, in the form that Megatron sums up.
 
     Arguments as of `token_figures`.
     """
-    names, sums = token_figures(objective, cross_entropy, token_loss, weight, mask, correct, kl)
+    names, sums = token_figures(
+        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends
+    )
     report = {name: torch.stack([sums[i], sums[-1]]) for i, name in enumerate(names)}
+    if ends is not None:
+        report[END_PROB][1] = report.pop(ENDS)[0]
     if objective is not None:
         report[TOKENS] = torch.stack([sums[-1], torch.ones_like(sums[-1])])
     return report
@@ -122,5 +133,9 @@ class StepFigures:
         tokens, micro_batches = table[:, -2], table[:, -1]
         means = (table[:, :-2] / tokens[:, None]).mean(0).float()
         found = dict(zip(self._names, means.unbind(), strict=True))
+        if found.pop(ENDS, None) is not None:
+            # Of all ends of these steps: a single step may have none.
+            at, ends = self._names.index(END_PROB), self._names.index(ENDS)
+            found[END_PROB] = (table[:, at].sum() / table[:, ends].sum()).float()
         found[TOKENS] = (tokens / micro_batches).sum().float()
         return found, len(steps)

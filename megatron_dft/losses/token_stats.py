@@ -35,6 +35,8 @@ class TokenStats:
         sum_sq_prob: Σ_k p_k². These three are used as constants.
         reference_log_prob: log π_ref(y_t | ·) of the base or old model.
         kl: KL(π_base ‖ π_θ) over the full vocabulary; carries a gradient.
+        full_weight: non-zero (any dtype) where the objective's weight is not asked: the token takes
+            w = 1, plain −log p. No other token's weight changes by it.
         context_parallel_group: ranks that hold the other parts of the same conversations.
         batch_group: ranks over which batch statistics (TALR's median) are taken. None: the
             context-parallel group, so that the figure is one micro-batch's whatever the layout. The
@@ -50,6 +52,7 @@ class TokenStats:
     sum_sq_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     kl: Tensor | None = None
+    full_weight: Tensor | None = None
     context_parallel_group: dist.ProcessGroup | None = None
     batch_group: dist.ProcessGroup | None = None
 

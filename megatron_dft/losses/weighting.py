@@ -122,6 +122,10 @@ class Objective:
         kl = None if stats.kl is None else only_supervised(stats.kl)
         clean = dataclasses.replace(stats, log_prob=log_prob, mask=supervised, kl=kl, **constants)
         weight, value, extra = self.entry.function(clean, **self.values)
+        if stats.full_weight is not None:
+            full = stats.full_weight.to(torch.bool)
+            weight = torch.where(full, 1.0, weight)
+            value = None if value is None else torch.where(full, -log_prob, value)
         weight = only_supervised(weight)
         if value is None:
             # p = 0 has weight 0 and −log p = inf; the limit of p·log p is 0.

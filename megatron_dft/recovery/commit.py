@@ -32,16 +32,17 @@ def _on_rank0(action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:
-            failure = [error]
+            # In words: not every error can be sent.
+            failure = [str(error) or type(error).__name__]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise failure[0]
+        raise RuntimeError(failure[0])
 
 
 def clear(directory: Path) -> None:
     """Empty a directory that an interrupted save left behind. Collective.
 
-    Raises lock.LostError where another run has taken --save over.
+    Raises RuntimeError where another run has taken --save over.
     """
 
     def empty() -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.files import flush, sha256_of_file, write_whole
+from megatron_dft.storage.files import flush, read_json_object, sha256_of_file, write_whole
 from megatron_dft.storage.torch_dist import TRACKER as TRACKER
 from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
@@ -84,15 +84,26 @@ def read(directory: Path) -> dict[str, Any] | None:
     Raises ValueError where it is not readable.
     """
     path = directory / FILE_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
+    try:
+        content = read_json_object(path)
+    except ValueError as error:
         raise ValueError(f"{FILE_NAME} is not readable ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    files, run = content.get("files"), content.get("run")
+    if not isinstance(files, dict) or not all(map(_is_record, files.items())):
         raise ValueError(f"{FILE_NAME} has no list of files")
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise ValueError(f"{FILE_NAME} does not say which run it is of")
     return content
+
+
+def _is_record(named: tuple[str, Any]) -> bool:
+    """Whether an entry is a file of the directory with its size and SHA-256."""
+    name, record = named
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    told = isinstance(record, dict) and type(record.get("bytes")) is int
+    return inside and told and isinstance(record.get("sha256"), str)
 
 
 def problems(directory: Path, content: dict[str, Any], rank: int, world_size: int) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_dft.recovery import (
     manifest,
     numbers,
     resume,
+    schedule,
     status,
     stop,
 )
@@ -74,6 +75,7 @@ class _Run:
                 choice.run["identity"], self.identity, args.allow_change, where
             ):
                 _say(f"warning: {line}")
+        self._settle_schedule(root, choice.iteration)
         self.chosen = choice.iteration
         if choice.iteration >= 0 and args.ckpt_step is None:
             resume.mend_tracker(root, choice.iteration)
@@ -90,6 +92,18 @@ class _Run:
                 f"{'; '.join(faults)}; choose another step"
             )
         return resume.Choice(args.ckpt_step, [], content and content["run"])
+
+    def _settle_schedule(self, root: Path, iteration: int) -> None:
+        args = self.args
+        if iteration < 0 or args.finetune or args.no_load_optim or args.skip_train:
+            return
+        saved = resume._broadcast(
+            schedule.read(manifest.iteration_directory(root, iteration))
+            if dist.get_rank() == 0
+            else None
+        )
+        for line in schedule.settle(args, saved or {}, f"{root} (step {iteration})"):
+            _say(f"resuming with another schedule: {line}")
 
 
 def _say(text: str) -> None:

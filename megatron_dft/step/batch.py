@@ -15,10 +15,14 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_dft.compat.context_parallel import token_indices
+from megatron_dft.flags.objective import KIND_END
+from megatron_dft.flags.settings import settings
 from megatron_dft.step.lookahead import next_rows
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
-_PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "reference_log_prob")
+_PER_TOKEN = (
+    "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+)  # fmt: skip
 _OF_EXPERTS = ("padding_mask",)
 
 
@@ -49,11 +53,20 @@ class Packing:
 
 @dataclass
 class HeadFigures:
-    """What route 2 finds beside its loss: cross_entropy, weight fp32, correct bool, all [b, s]."""
+    """What the head finds beside its loss: cross_entropy, weight, kl fp32, correct bool [b, s]."""
 
     cross_entropy: Tensor
     weight: Tensor
     correct: Tensor
+    kl: Tensor | None = None
+
+
+@dataclass
+class ReferenceHead:
+    """A frozen model's hidden states [s, b, h] (s/tp under SP) and its output weight [V/tp, h]."""
+
+    hidden: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -65,10 +78,15 @@ class MicroBatch:
     padding_mask        bool [b, s] for a model with experts: True where no conversation's token is
     reference_log_prob  fp32 [b, s]: with stored scores from the start, with a frozen model once it
                         has run; None where nothing is compared
+    token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
+                        wrote; None where the data does not say
+    full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
-    head                with --loss-chunk-size, once the model has run
+    reference_head      for a KL of the head: what a frozen model has in the place of logits
+    host_mask           loss_mask in host memory, where the device has another
+    head                where the loss is taken from the hidden states, once the model has run
     """
 
     tokens: Tensor
@@ -77,16 +95,27 @@ class MicroBatch:
     position_ids: Tensor
     padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
+    token_kinds: Tensor | None = None
+    full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
+    host_mask: Tensor | None = field(default=None, kw_only=True)
+    reference_head: ReferenceHead | None = field(default=None, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
+
+    @property
+    def ends(self) -> Tensor | None:
+        """bool [b, s]: which labels end a turn."""
+        return None if self.token_kinds is None else (self.token_kinds & KIND_END) != 0
 
     def token_stats(self) -> dict[str, Any]:
         """Fields of TokenStats that the batch itself knows: which conversation a token is of."""
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
+        if self.full_weight is not None:
+            stats["full_weight"] = self.full_weight
         if self.packing is not None:
             positions = self.held
             if positions is None:
@@ -123,6 +152,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
         _note_first_rows(raw)
     names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
     per_token = {name: raw[name] for name in names if name in raw}
+    if settings().full_weight:
+        per_token["full_weight"] = (per_token["token_kinds"] & settings().full_weight) != 0
     # All of this is on the host, and so are the indices: reading one of the device would wait for
     # everything that was launched before.
     edges = _edges(raw) if "cu_seqlens" in raw else None
@@ -136,7 +167,13 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
     if edges is not None:
         packing = Packing(_to_device(edges), int(raw["max_seqlen"].max()))
     on_device = {name: _to_device(value) for name, value in per_token.items()}
-    return MicroBatch(**on_device, packing=packing, held=held, training=training)
+    return MicroBatch(
+        **on_device,
+        packing=packing,
+        held=held,
+        training=training,
+        host_mask=per_token["loss_mask"],
+    )
 
 
 def _edges(raw: dict[str, Tensor]) -> Tensor:

@@ -21,6 +21,8 @@ from megatron_dft.step.batch import MicroBatch
 PLAIN = registry.get("sft")
 # What training steps report beside the cross entropy; training/output.py reads it.
 FIGURES = StepFigures()
+# log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
+_ROUNDING = 0.01
 
 
 def token_loss(
@@ -34,7 +36,7 @@ def token_loss(
 
     found: what the LogitsProbe saw, without `correct`.
     """
-    if batch.head is not None:  # route 2: the output processor has done it
+    if batch.head is not None:  # the output processor has done it
         return output_tensor, batch.head.cross_entropy, batch.head.weight
     cross_entropy = output_tensor.float()
     # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
@@ -54,8 +56,8 @@ def loss_func(
     """Sum of the objective over this rank's supervised tokens, their number, and the report.
 
     Args:
-        output_tensor: per token, fp32 [b, s]: Megatron's cross entropy, or with --loss-chunk-size
-            the objective's loss.
+        output_tensor: per token, fp32 [b, s]: the cross entropy, or of the head the objective's
+            loss.
         model: the (wrapped) model chunk, with its LogitsProbe.
 
     Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
@@ -64,13 +66,14 @@ def loss_func(
     found = unwrap_model(model).dft_probe.take()
     correct = found.pop("correct", None)
     if batch.head is not None:
-        correct = batch.head.correct
+        correct, found = batch.head.correct, {"kl": batch.head.kl}
     per_token, cross_entropy, weight = token_loss(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
     loss = per_token.sum()
-    _stop_on_bad_loss(loss)
-    figures = (cross_entropy, per_token, weight, batch.loss_mask, correct, found.get("kl"))
+    _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
+    compared = (correct, found.get("kl"), batch.ends)
+    figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
     if not batch.training:
         return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
     names, sums = token_figures(settings().objective.name, *figures)
@@ -80,16 +83,29 @@ def loss_func(
     return loss, batch.loss_mask.sum().to(torch.int), report
 
 
-def _stop_on_bad_loss(loss: Tensor) -> None:
+def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:
+    """The loss, or NaN where a supervised token's cross entropy is none: inf, NaN or negative.
+
+    An objective may hide it: its weight is 0 where p is, and 0 · inf counts as 0. Scalar, detached;
+    stays on the device.
+    """
+    possible = (cross_entropy >= -_ROUNDING) & (cross_entropy < torch.inf)
+    impossible = (mask.bool() & ~possible).any()
+    return torch.where(impossible, torch.nan, loss.detach())
+
+
+def _stop_on_bad_loss(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> None:
     """Megatron's own check: a NaN or inf loss ends the job before it reaches the weights."""
     if not get_args().check_for_nan_in_loss_and_grad:
         return
     machine = get_rerun_state_machine()
-    for test, word in ((torch.isnan, "NaN"), (torch.isinf, "inf")):
+    found = checked(loss, cross_entropy, mask)
+    nan = "NaN in the local loss, or a supervised token whose cross entropy is inf, NaN or negative"
+    for test, word in ((torch.isnan, nan), (torch.isinf, "inf in the local loss")):
         machine.validate_result(
-            result=loss,
+            result=found,
             rejection_func=test,
-            message=f"found {word} in the local loss",
+            message=f"found {word}",
             tolerance=0.0,
             fatal=True,
         )

@@ -15,7 +15,7 @@ def read_directory(path: Path) -> dict[str, StoredTensor]:
     of whatever *.safetensors there are.
 
     Raises ValueError (one line) where there are none, the index names a file elsewhere or a missing
-    one or a tensor that is not in its file, a tensor is in two files, or a file is damaged.
+    one or a tensor that is in another file, a tensor is in two files, or a file is damaged.
     """
     files, weight_map = _shards(path)
     found: dict[str, StoredTensor] = {}
@@ -27,8 +27,10 @@ def read_directory(path: Path) -> dict[str, StoredTensor]:
                     f"{file}; remove the stale one"
                 )
             found[name] = info
+    # A name that lies in no file may be a buffer that no parameter is made of: whoever needs the
+    # tensor says that it is missing.
     for name, file in weight_map.items():
-        if name not in found or found[name].file.name != file:
+        if name in found and found[name].file.name != file:
             raise ValueError(f"{path / INDEX}: tensor {name!r} is not in {file}; fetch both again")
     return found
 

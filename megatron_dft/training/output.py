@@ -17,11 +17,14 @@ from megatron_dft.losses.report import CROSS_ENTROPY
 from megatron_dft.step.loss import FIGURES
 from megatron_dft.storage.dtypes import WORDS
 from megatron_dft.storage.files import sha256_of_file
+from megatron_dft.training.end_watch import EndWatch
 from megatron_dft.training.model import ModelHandle
 from megatron_dft.training.progress import Progress, choose
+from megatron_dft.training.trained_chat import trained_chat
 
 _CARD_SETTINGS = (
     "lr",
+    "dft_full_weight",
     "train_iters",
     "global_batch_size",
     "seq_length",
@@ -45,6 +48,7 @@ class Output:
         self.args, self.handle = args, handle
         self.progress: Progress | None = None
         self.losses: dict[str, Any] = {}
+        self.ends = EndWatch()
 
     def install(self) -> None:
         """Hook the progress line and the exports into the training loop."""
@@ -52,7 +56,10 @@ class Output:
         after_training_step(self._after_step)
 
     def finish(self) -> None:
-        """The export at the end of training."""
+        """The export at the end of training, and whether the model has learnt to stop."""
+        warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
+        if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
+            print(f"> warning: {warning}", flush=True)
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
@@ -90,6 +97,7 @@ class Output:
                 get_tensorboard_writer(),
             )
         self.progress.log(losses, call)
+        self.ends.log(losses)
         # Megatron averages what it is told in each step; it has not heard of these steps yet.
         unheard, total = steps - (not skipped), call["total_loss_dict"]
         for name in found.keys() & losses.keys() if unheard else ():
@@ -119,6 +127,7 @@ class Output:
             dtype=WORDS[name] if name else None,
             overwrite=self.args.overwrite,
             card=self._card(metrics[0]) if dist.get_rank() == 0 else None,
+            chat=trained_chat(self.args),
         )
         if dist.get_rank() == 0:
             print(f"> Hugging Face checkpoint: {path}", flush=True)

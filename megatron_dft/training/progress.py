@@ -7,7 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dft.losses.report import CROSS_ENTROPY, HISTOGRAM_BINS, TOKENS, histogram_key
+from megatron_dft.losses.report import (
+    CROSS_ENTROPY,
+    END_PROB,
+    HISTOGRAM_BINS,
+    TOKENS,
+    histogram_key,
+)
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -109,6 +115,7 @@ class Progress:
             "dft/mean-prob": "p",
             "dft/mean-weight": "weight",
             "dft/token-accuracy": "accuracy",
+            END_PROB: "end p",
         }
         parts += [
             f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures

@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 _MEETING = datetime.timedelta(minutes=30)  # for the slowest rank to start
 _LOOK = 0.2  # seconds
 _REFUSED = "another node refuses its data; its own line says why"
 # Rank 0's server serves torch's rendezvous too, which takes the one of its process and port.
-_kept: list[TCPStore] = []
+_kept: list[dist.TCPStore] = []
 
 
 class OthersRefused(ValueError):
@@ -52,10 +52,11 @@ def met_after() -> Iterator[None]:
         raise OthersRefused(_REFUSED) from None
 
 
-def _store(world: int) -> TCPStore:
+def _store(world: int) -> dist.TCPStore:
     """A client of torchrun's store, or of rank 0's own."""
     is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
+    # By its present name: compat/loopback.py replaces it.
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world,

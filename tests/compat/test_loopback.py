@@ -1,11 +1,14 @@
 """A store whose address is this machine's own listens there alone."""
 
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 # Two ranks under our torchrun: what rank 0's store and the launcher's listen on.
@@ -69,3 +72,36 @@ def test_a_port_that_is_taken_is_said_and_one_of_our_own_is_shared(store):
     second = dist.TCPStore("127.0.0.1", first.port, 1, True, wait_for_workers=False)
     first.set("key", "value")
     assert second.get("key") == b"value"
+
+
+def _meet():
+    """As a run starts: the ranks meet for the data, then at the same address for training."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dft.compat import loopback
+    from megatron_dft.training import waiting
+
+    loopback.install()
+    with waiting.met_after():
+        pass
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return float(total), _listening()
+
+
+def _listening() -> set[str]:
+    """The addresses, in the kernel's hexadecimal, on which this process listens."""
+    mine = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {f[1].split(":")[0] for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in mine}
+
+
+def test_ranks_that_meet_before_training_do_so_on_the_loopback_interface():
+    (total, first), (_, second) = run_ranks(_meet, 2, init=False)
+    assert total == 2.0 and first | second == {LOOPBACK}

@@ -13,6 +13,14 @@ from tests.train.launch import flags
 ELSEWHERE = {
     "torch.cuda:current_device",  # offline conversion
     "megatron.core.models.gpt.gpt_model:process_mtp_loss",  # --mtp-num-layers
+    # on a GPU
+    "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
+    "megatron.core.models.gpt.gpt_layer_specs:LNImpl",
+    "megatron.core.transformer.transformer_block:LayerNormImpl",
+    # a router with a loss
+    "megatron.core.transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss",
+    "megatron.core.transformer.moe.router:TopKRouter.apply_z_loss",
+    "megatron.core.transformer.moe.router:z_loss_func",
 }
 
 

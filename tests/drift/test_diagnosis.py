@@ -114,3 +114,17 @@ def test_end_tokens_do_not_decide():
     assert got["overall"]["mean_prob"] > 0.5 and got["recommendation"]["loss"] == "sft"
     only = diagnosis.diagnose([scores_of([sure], [5])], WORDS.__getitem__, frozenset({5}))
     assert only["recommendation"]["loss"] == "dft"
+
+
+def test_ends_that_the_base_finds_unlikely_are_named_with_their_flag():
+    surely, hardly = [0.02] * 5 + [0.9], [0.15] * 5 + [0.25]
+    rows, targets = [hardly, surely, hardly], [1, 5, 5]
+    got = diagnosis.diagnose([scores_of(rows, targets)], WORDS.__getitem__, frozenset({5}), [5])
+    assert got["ends"]["tokens"] == 2 and got["ends"]["mean_prob"] == pytest.approx(0.575)
+    assert "ends" not in got["recommendation"]
+    rows[1] = hardly
+    got = diagnosis.diagnose([scores_of(rows, targets)], WORDS.__getitem__, frozenset({5}), [5])
+    assert "0.250" in got["recommendation"]["ends"]
+    assert "--dft-full-weight end" in got["recommendation"]["ends"]
+    unknown = diagnosis.diagnose([scores_of(rows, targets)], WORDS.__getitem__, frozenset({5}))
+    assert unknown["ends"] is None and "ends" not in unknown["recommendation"]

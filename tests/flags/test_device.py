@@ -26,6 +26,7 @@ def _args(**given):
     plain = {
         "transformer_impl": "transformer_engine",
         "no_packing": True,
+        "require_fused_attention": False,
         "use_cpu_initialization": False,
         "sequence_parallel": False,
         "context_parallel_size": 1,
@@ -68,3 +69,10 @@ def test_weights_on_the_cpu_of_a_gpu_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(fake_packages.write(tmp_path, "transformer_engine"))
     with pytest.raises(ValueError, match="--use-cpu-initialization"):
         device.check(_args(use_cpu_initialization=True), on_cpu=False)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_fused_attention_where_there_is_none(on_cpu):
+    args = _args(transformer_impl="local", require_fused_attention=True)
+    with pytest.raises(ValueError, match="--require-fused-attention: expected a GPU"):
+        device.check(args, on_cpu)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dft.hf import directory, links
+from megatron_dft.hf import companions, directory, links
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.secrets import MASK, masked, masked_line, masked_text
 from megatron_dft.hf.source import HFCheckpoint
@@ -120,8 +120,8 @@ def test_a_link_out_of_the_model_is_refused_before_anything_is_written(name, mod
 
 def test_a_directory_of_templates_is_no_way_out_either(model, tmp_path):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home/id_rsa").write_text("secret")
-    (model / "chat_templates").symlink_to("../home")
+    (tmp_path / "home/secret.jinja").write_text("secret")
+    (model / "additional_chat_templates").symlink_to("../home")
     with pytest.raises(ValueError, match="outside the model"):
         directory.start(checkpoint(model), tmp_path / "out", overwrite=False)
 
@@ -138,7 +138,7 @@ def test_links_inside_the_model_and_the_cache_of_the_hub_work(tmp_path):
     (tmp_path / "link").symlink_to(snapshot)
     for path in (snapshot, tmp_path / "link"):
         staging = directory.start(checkpoint(path), tmp_path / "out", overwrite=False)
-        for file in directory._companions(path):
+        for file in companions.copied_files(checkpoint(path)):
             links.copy(path, file, staging / file.name)
         assert (staging / "NOTICE").read_text() == "LICENSE"
         assert not any(file.is_symlink() for file in staging.iterdir())

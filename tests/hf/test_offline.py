@@ -61,15 +61,15 @@ def test_every_byte_comes_back(kind, imported):
 
 def verify_all(pairs: dict[str, tuple[Path, Path]]) -> dict[str, tuple[float, float]]:
     """kind -> largest difference of the logits that --verify compares, and the largest logit."""
-    from megatron_dft.commands import verify
+    from megatron_dft.commands import compare_logits
     from megatron_dft.cpu import runtime
 
     runtime.activate()
     found = {}
     for kind, (source, torch_dist) in pairs.items():
-        ids = verify._prompt(source)
-        theirs = verify._transformers_logits(source, ids)
-        ours = verify._megatron_logits(source, torch_dist, ids)
+        ids = compare_logits._prompt(source)
+        theirs = compare_logits._transformers_logits(source, ids)
+        ours = compare_logits._megatron_logits(source, torch_dist, ids)
         found[kind] = (float((ours - theirs).abs().max()), float(theirs.abs().max()))
     return found
 

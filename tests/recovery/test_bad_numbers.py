@@ -13,28 +13,38 @@ def _spoil(step, change):
 
     from megatron_dft.step import loss as step_loss
 
-    plain = step_loss._token_loss
+    plain = step_loss.token_loss
 
     def token_loss(*args):
-        loss, *rest = plain(*args)
+        loss, cross_entropy, weight = plain(*args)
         if os.environ["RANK"] == "1" and get_args().curr_iteration == step - 1:
-            loss = change(loss)
-        return loss, *rest
+            loss, cross_entropy = change(loss, cross_entropy, args[0].loss_mask)
+        return loss, cross_entropy, weight
 
-    step_loss._token_loss = token_loss
+    step_loss.token_loss = token_loss
 
 
 def _nan_loss_at_step_1():
-    _spoil(1, lambda loss: loss * float("nan"))
+    _spoil(1, lambda loss, cross_entropy, mask: (loss * float("nan"), cross_entropy))
 
 
 def _nan_gradient_at_step_2():
     # The value is unchanged: √0; its gradient is 0 · ∞.
-    _spoil(2, lambda loss: loss + (loss * 0).sqrt())
+    _spoil(2, lambda loss, cross_entropy, mask: (loss + (loss * 0).sqrt(), cross_entropy))
+
+
+def _hidden_infinity_at_step_2():
+    """p = 0: DFT's loss and gradient of these tokens are 0."""
+
+    def change(loss, cross_entropy, mask):
+        return loss * (1 - mask), cross_entropy.masked_fill(mask.bool(), float("inf"))
+
+    _spoil(2, change)
 
 
 @pytest.mark.parametrize(
-    ("before", "step"), [(_nan_loss_at_step_1, 1), (_nan_gradient_at_step_2, 2)]
+    ("before", "step"),
+    [(_nan_loss_at_step_1, 1), (_nan_gradient_at_step_2, 2), (_hidden_infinity_at_step_2, 2)],
 )
 def test_every_rank_stops_before_the_update(before, step, tiny_model, chats, tmp_path):
     ended = run(

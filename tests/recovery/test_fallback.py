@@ -11,11 +11,10 @@ import pytest
 
 from megatron_dft.recovery import manifest
 from megatron_dft.storage import lock
-from tests.cluster.runs import run
-from tests.cluster.test_checkpoints import choose
 from tests.ranks import run_ranks
+from tests.recovery.runs import run
+from tests.recovery.test_checkpoints import choose
 from tests.storage.test_lock import HOLDER, ROOT
-from tests.train.conftest import chats, data_cache, tiny_model  # noqa: F401
 from tests.train.launch import flags
 
 SHARDS = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp", "__12_3.distcp")
@@ -95,7 +94,7 @@ def spoil(root: Path, number: int):
     manifest.write(directory, manifest.describe_files(directory, 0, 1), content["run"])
 
 
-def test_a_step_that_fails_to_load_gives_way(tiny_model, chats, tmp_path):  # noqa: F811
+def test_a_step_that_fails_to_load_gives_way(tiny_model, chats, tmp_path):
     """--save and --save-hf are links besides, one of them to nothing yet; both stay."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "c").symlink_to("disk/c")
@@ -124,7 +123,7 @@ def test_a_step_that_fails_to_load_gives_way(tiny_model, chats, tmp_path):  # no
     assert (tmp_path / "c" / manifest.TRACKER).read_text() == "3"
 
 
-def test_a_second_run_is_refused_and_harms_nothing(tiny_model, chats, tmp_path):  # noqa: F811
+def test_a_second_run_is_refused_and_harms_nothing(tiny_model, chats, tmp_path):
     save = tmp_path / "c"
     words = flags(tiny_model, chats, loss="dft", train_iters=2, save=save, save_interval=1)
     with subprocess.Popen(

@@ -1,47 +1,11 @@
 """The start-up self-test: green for every objective in its route, red where its weight is lost."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from megatron_dft.losses import registry, weighting
+from megatron_dft.losses import weighting
 from tests.ranks import run_ranks
-
-VOCABULARY, HIDDEN = 300, 32
-KL = [name for name, entry in registry.OBJECTIVES.items() if "kl" in entry.needs]
-CASES = {name: (name, {}, 0.0) for name in registry.OBJECTIVES} | {
-    "iw-sft by conversation": ("iw-sft", dict(level="sequence"), 0.0),
-    "dft and a KL": ("dft", {}, 0.3),
-}
-
-
-def _model(objective, sequence_parallel):
-    """The parts of a GPTModel that the self-test touches, with Megatron's own cross entropy."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    from megatron_dft.step.logits_probe import LogitsProbe
-
-    group = mpu.get_tensor_model_parallel_group()
-
-    def compute_language_model_loss(labels, logits):
-        loss = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous(), 0.0, group)
-        return loss.transpose(0, 1).contiguous()
-
-    model = SimpleNamespace(
-        pg_collection=SimpleNamespace(tp=group),
-        config=SimpleNamespace(cross_entropy_loss_fusion=False, hidden_size=HIDDEN),
-        output_layer=SimpleNamespace(
-            output_size_per_partition=VOCABULARY // group.size(),
-            sequence_parallel=sequence_parallel,
-        ),
-        parameters=lambda: iter([torch.zeros(1)]),
-        compute_language_model_loss=compute_language_model_loss,
-        training=True,
-    )
-    LogitsProbe(model, objective)
-    return model
+from tests.step.stand_in import CASES, ROUTE_2, run
 
 
 def _break(how):
@@ -73,33 +37,11 @@ def _break(how):
 
 
 def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False):
-    """case → the self-test's error, or the message with which it ends the run."""
-    from megatron.core import parallel_state as mpu
-
     from megatron_dft.cpu import runtime
-    from megatron_dft.step import chunked_head
-    from megatron_dft.step.self_test import SelfTest
 
     runtime.activate()
-    world = torch.distributed.get_world_size()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=world // cp, context_parallel_size=cp)
     _break(how)
-    found = {}
-    for case in cases:
-        name, parameters, kl_coeff = CASES[case]
-        objective = registry.get(name, **parameters)
-        settings = SimpleNamespace(objective=objective, vocab_size=VOCABULARY)
-        chunked_head.settings = lambda s=settings: s
-        chunked_head.get_args = lambda: SimpleNamespace(loss_chunk_size=7)
-        test = SelfTest(_model(objective, sp), objective, VOCABULARY, dtype, packing, kl_coeff)
-        try:
-            found[case] = test.run(chunked)
-        except RuntimeError as error:
-            found[case] = str(error)
-    return found
-
-
-ROUTE_2 = [case for case, (name, _, kl) in CASES.items() if name not in KL and not kl]
+    return run(cases, chunked, dtype, packing, cp, sp)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -1,13 +1,12 @@
-"""The tiny model and chats of the training tests, and a checkpoint that training wrote."""
+"""A checkpoint that training wrote."""
 
 import pytest
 
-from tests.train.conftest import chats, data_cache, tiny_model  # noqa: F401
 from tests.train.launch import flags, run_train
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, tiny_model, chats):  # noqa: F811
+def trained(tmp_path_factory, tiny_model, chats):
     """What --save holds after one step on two tensor-parallel ranks."""
     out = tmp_path_factory.mktemp("trained") / "save"
     words = flags(tiny_model, chats, train_iters=1, save=out, save_interval=1)

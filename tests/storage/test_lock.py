@@ -195,3 +195,26 @@ def test_two_names_of_one_directory_are_one(tmp_path):
         assert first.stdout.readline() == "held\n"
         with pytest.raises(lock.HeldError), lock.held("--save", tmp_path / "link"):
             pass
+
+
+def test_of_two_who_find_a_dead_owner_the_slower_one_stands_back(tmp_path, monkeypatch):
+    """The other one has replaced the entry, or the file, between the look and the flock."""
+    me, path = lock._myself(), tmp_path / lock.NAME
+    alive = entry(host=me.host, space=me.space, token="faster")
+    dead = entry(host=me.host, space=me.space, started="1")
+
+    def in_place():
+        path.write_text(alive)
+
+    def by_a_new_file():
+        path.unlink()
+        path.write_text(alive)
+
+    guard = lock.Lock._guard
+    for other in (in_place, by_a_new_file):
+        path.write_text(dead)
+        with monkeypatch.context() as patch:
+            patch.setattr(lock.Lock, "_guard", lambda self, fd, o=other: (o(), guard(self, fd)))
+            with pytest.raises(lock.HeldError), lock.held("--save", tmp_path):
+                pass
+        assert json.loads(path.read_text())["token"] == "faster"

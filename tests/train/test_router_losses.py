@@ -61,7 +61,6 @@ FLAGS = {
     "z": dict(moe_z_loss_coeff=COEFFICIENT),
 }
 LAYOUTS = {
-    "single": (1, {}),
     "twice the padding": (1, dict(seq_length=128)),
     "recomputed": (
         1, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -74,7 +73,6 @@ LAYOUTS = {
         ),
     ),
     "cp2": (2, dict(context_parallel_size=2)),
-    "dp2": (2, {}),
 }  # fmt: skip
 RUNS = [("auxiliary", layout) for layout in LAYOUTS]
 RUNS += [("z", layout) for layout in ("twice the padding", "tp2-sp-pp2")]

@@ -18,6 +18,15 @@ REFUSED: dict[str, str] = {
     "Phi3SmallForCausalLM": "Megatron lacks its blocksparse attention",
 }
 
+# Endings of tensors that every model computes anew and transformers ignores in files, too.
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".position_ids",
+    ".masked_bias",
+)
 TIED_COPY = "lm_head.weight"  # present or not where the output layer is tied to the embedding
 
 
@@ -48,7 +57,5 @@ def table_of(checkpoint: HFCheckpoint) -> Table:
 
 def optional_tensors(checkpoint: HFCheckpoint) -> set[str]:
     """Names in `checkpoint` that no parameter is made of, rightly; an export leaves them out."""
-    family = FAMILIES.get(checkpoint.architecture)  # none: megatron-bridge maps it
-    unmapped = family.unmapped if family else ()
-    names = {n for n in checkpoint.tensors if unmapped and n.endswith(unmapped)}
+    names = {n for n in checkpoint.tensors if n.endswith(_BUFFERS)}
     return names | ({TIED_COPY} if checkpoint.settings["tie_word_embeddings"] else set())

@@ -47,14 +47,12 @@ class Family:
 
     weights    Megatron parameter -> Hugging Face tensors
     arguments  what `config.megatron_args` adds for a checkpoint; refuses what Megatron lacks
-    unmapped   endings of tensor names that an import leaves out on purpose
     activation the one `hidden_act` there is
     own_layers what Megatron's arguments cannot say
     """
 
     weights: Table
     arguments: Callable[[HFCheckpoint], dict[str, Any]]
-    unmapped: tuple[str, ...] = ()
     activation: str = "silu"
     own_layers: Callable[[HFCheckpoint], OwnLayers] | None = None
 

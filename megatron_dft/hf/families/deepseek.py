@@ -62,6 +62,14 @@ def _deepseek_v3(checkpoint: HFCheckpoint) -> dict[str, Any]:
         raise refuse(
             checkpoint, "topk_group", c["topk_group"], "num_experts_per_tok must be twice as many"
         )
+    if c["q_lora_rank"] is None:
+        raise refuse(
+            checkpoint,
+            "q_lora_rank",
+            None,
+            "Megatron's latent attention with norms wants latent queries too; models with a rank "
+            "(DeepSeek-V3, R1) can be trained",
+        )
     layers, dense = c["num_hidden_layers"], c["first_k_dense_replace"]
     return _latent_rope(checkpoint) | {
         "multi_latent_attention": True,

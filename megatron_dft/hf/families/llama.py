@@ -69,7 +69,7 @@ def _phi3(checkpoint: HFCheckpoint) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family(LLAMA, _llama, unmapped=(".rotary_emb.inv_freq",)),
+    "LlamaForCausalLM": Family(LLAMA, _llama),
     "MistralForCausalLM": Family(LLAMA, _llama),
     "Qwen2ForCausalLM": Family(LLAMA | QKV_BIAS, _qwen2),
     "Qwen3ForCausalLM": Family(LLAMA | QK_NORM, _qwen3),

@@ -23,8 +23,7 @@ INTERPRETER = "TRITON_INTERPRET"
 
 def serve(logits: Tensor) -> bool:
     """Whether the kernels take tensors like these: on a GPU, or anywhere under the interpreter."""
-    if logits.dtype not in DTYPES or importlib.util.find_spec("triton") is None:
-        return False
-    return logits.is_cuda or (
+    asked = logits.is_cuda or (
         logits.device.type == "cpu" and os.environ.get(INTERPRETER, "0") == "1"
     )
+    return asked and logits.dtype in DTYPES and importlib.util.find_spec("triton") is not None

@@ -43,7 +43,8 @@ def _value(x, r, columns, column, M, log_sum, a, b, c, g, MR, k,
     return d + tl.where(columns == column, g, 0.0)
 
 
-@triton.jit
+# The number of rows changes from batch to batch: no kernel of its own for each kind of it.
+@triton.jit(do_not_specialize=["stats_row", "programs", "ignored"])
 def gradient_kernel(
     z, z_row, z_col, r, r_row, r_col, out, out_row, out_col, source, target, exact,
     stats, stats_row, g_log_prob, g_entropy, g_squares, g_kl,

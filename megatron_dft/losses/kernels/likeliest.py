@@ -14,7 +14,8 @@ from megatron_dft.losses.kernels import statistics
 from megatron_dft.losses.kernels.tiles import INFINITY, NO_COLUMN, blocks, device_of, load, wide
 
 
-@triton.jit
+# The number of rows changes from batch to batch: no kernel of its own for each kind of it.
+@triton.jit(do_not_specialize=["out_row", "lane_count", "ignored"])
 def likeliest_kernel(
     z, z_row, z_col, target, exact, lanes, out, found, out_row, vocab_start, vocab, part_size,
     lane_count, ignored,

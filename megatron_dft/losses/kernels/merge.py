@@ -24,7 +24,8 @@ def _scaled(m, highest):
     return offset, tl.where(empty, 0.0, tl.exp2(offset * LOG2E))
 
 
-@triton.jit
+# The number of rows changes from batch to batch: no kernel of its own for each kind of it.
+@triton.jit(do_not_specialize=["count", "rows", "ignored"])
 def merge_kernel(
     parts, out, target, count, rows, ignored,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, KL: tl.constexpr, TOP: tl.constexpr,

@@ -80,7 +80,8 @@ def _lanes_to_one(m):
     return highest, offset, tl.where(empty, 0.0, tl.exp2(offset * LOG2E))
 
 
-@triton.jit
+# The number of rows changes from batch to batch: no kernel of its own for each kind of it.
+@triton.jit(do_not_specialize=["out_row", "ignored"])
 def statistics_kernel(
     z, z_row, z_col, r, r_row, r_col, target, exact, out, out_row, lanes,
     vocab_start, vocab, part_size, parts, ignored,

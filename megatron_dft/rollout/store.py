@@ -1,0 +1,143 @@
+"""A directory of samples: written line by line, flushed to the disk, healed after a kill.
+
+settings.json              what the samples depend on; a run that differs is refused
+prompts.jsonl              the prompts as they were asked, with their reference answers
+samples.0-of-1.jsonl       one line a sample; one file a part (--part I/N), one writer a file
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.rollout.prompts import Prompt
+from megatron_dft.storage.files import write_whole
+
+FORMAT = 1
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file; an unfinished last one is left out.
+
+    Raises ValueError, with file and line, for a line that is no JSON object.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path}:{number}: damaged; delete this line and run `sample` again: it draws "
+                    "what is missing"
+                )
+            yield record
+
+
+class SampleStore:
+    """One writer's view of a sample directory."""
+
+    def __init__(self, directory: Path, part: int = 0, parts: int = 1) -> None:
+        self.directory = directory
+        self._path = directory / f"samples.{part}-of-{parts}.jsonl"
+        self._file: Any = None
+
+    def open(self, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
+        """Make the directory or take it up again.
+
+        Raises ValueError where it holds samples of other settings, or another process writes.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Parts of one job start together: the first makes the directory, the others find it made.
+        with open(self.directory / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._agree({"format": FORMAT, **settings}, prompts)
+        self._file = open(self._path, "ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out {self.directory}: another process writes {self._path.name}; wait for it, "
+                "or give each its own --part I/N"
+            ) from None
+        _heal(self._file)
+
+    def _agree(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+        path = self.directory / "settings.json"
+        if not path.exists():
+            if any(self.directory.glob("samples.*.jsonl")):
+                raise ValueError(f"--out {self.directory}: holds samples but no settings.json")
+            write_whole(self.directory / "prompts.jsonl", json_lines(p.record() for p in prompts))
+            write_whole(path, json.dumps(settings, indent=1) + "\n")
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in {**found, **settings}:
+            if found.get(name) != settings.get(name):
+                raise ValueError(
+                    f"--out {self.directory}: holds samples with {name} {found.get(name)!r}, but "
+                    f"now it is {settings.get(name)!r}; give that again, or another directory"
+                )
+
+    def done(self) -> set[tuple[int, int]]:
+        """(prompt, sample) of every stored sample, this part's and the others'."""
+        return {(r["prompt"], r["sample"]) for r in read_samples(self.directory)}
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """On the disk when it returns."""
+        self._file.write(json_lines(records).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _heal(file: Any) -> None:
+    """Cut off what a killed writer left of its last line."""
+    file.seek(0, os.SEEK_END)
+    size = end = file.tell()
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        at = file.read(end - start).rfind(b"\n")
+        if at >= 0:
+            end = start + at + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Raises ValueError where `directory` is no sample directory."""
+    path = directory / "settings.json"
+    if not path.exists():
+        raise ValueError(f"{directory}: expected a directory that `megatron-dft sample` wrote")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_stored_prompts(directory: Path) -> list[Prompt]:
+    lines = read_lines(directory / "prompts.jsonl")
+    return [Prompt(r["prompt"], r["messages"], r["answer"], r["where"]) for r in lines]
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """Every stored sample once, ordered by prompt and sample number."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for path in sorted(directory.glob("samples.*.jsonl")):
+        for record in read_lines(path):
+            found.setdefault((record["prompt"], record["sample"]), record)
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,115 @@
+"""One training run of the GPU suite: `megatron_dft.train` with what a measurement needs.
+
+python -m tests.gpu.launch [--hide PACKAGE] [--figures FILE] [--plain] [--profile FILE] -- FLAGS
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """The exit status of the run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hide", action="append", default=[], help="import fails as if absent")
+    parser.add_argument("--figures", type=Path, help="each step's figures, one JSON object a line")
+    parser.add_argument("--plain", action="store_true", help="Megatron's own plain loss function")
+    parser.add_argument("--profile", type=Path, help="kernels and gaps of step 10, as JSON")
+    at = sys.argv.index("--")
+    given, flags = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    for name in given.hide:
+        sys.modules[name] = None  # type: ignore[assignment]
+    from megatron_dft import train
+
+    work = train._train
+
+    def hooked(args: Any) -> None:
+        if given.figures is not None:
+            _write_figures(given.figures)
+        if given.plain:
+            _plain_loss()
+        if given.profile is not None:
+            _profile(given.profile)
+        work(args)
+
+    train._train = hooked
+    return train.main(flags)
+
+
+def _write_figures(path: Path) -> None:
+    from tests.train import listener
+
+    file = path.open("w", buffering=1)
+    listener.on_figures(lambda figures: print(json.dumps(figures), file=file))
+
+
+def _plain_loss() -> None:
+    """The loss of Megatron's pretrain_gpt.py: masked cross entropy, one figure, nothing probed."""
+    from functools import partial
+
+    import torch
+
+    from megatron_dft.step import forward_step
+    from megatron_dft.training import model
+
+    def loss_func(batch: Any, output: Any, model: Any = None) -> Any:
+        mask = batch.loss_mask.view(-1)
+        loss = torch.sum(output.view(-1).float() * mask)
+        count = mask.sum().detach().to(torch.int)
+        report = torch.cat([loss.detach().clone().view(1), count.view(1).float()])
+        return loss, count, {"lm loss": report}
+
+    def step(iterator: Any, chunk: Any) -> Any:
+        batch, output = forward_step.run_model(iterator, chunk)
+        return output, partial(loss_func, batch, model=chunk)
+
+    forward_step.forward_step = step
+    model.LogitsProbe = lambda *args: None
+    model.SelfTest.run = lambda self, chunked: 0.0
+
+
+def _profile(path: Path, step: int = 10) -> None:
+    """Sum each kernel's time in one step, and the time in which none ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_dft.compat.loop import after_training_step
+
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+
+    def after(chunks: Any, iteration: int) -> None:
+        if iteration == step - 1:
+            profiler.start()
+        elif iteration == step:
+            import torch
+
+            torch.cuda.synchronize()
+            profiler.stop()
+            path.write_text(json.dumps(_kernels(profiler.events()), indent=1))
+
+    after_training_step(after)
+
+
+def _kernels(events: Any) -> dict[str, Any]:
+    """{"span_ms", "busy_ms", "gap_ms", "kernels": [[name, ms, calls], …]} of a profile's events."""
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in events
+        if str(getattr(e, "device_type", "")).endswith("CUDA")
+    )
+    table: dict[str, list[float]] = {}
+    busy, reached = 0.0, 0.0
+    for start, end, name in spans:
+        entry = table.setdefault(name[:120], [0.0, 0])
+        entry[0] += (end - start) / 1e3
+        entry[1] += 1
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    span = (spans[-1][1] - spans[0][0]) / 1e3 if spans else 0.0
+    rows = sorted(([n, t, c] for n, (t, c) in table.items()), key=lambda row: -row[1])
+    return {"span_ms": span, "busy_ms": busy / 1e3, "gap_ms": span - busy / 1e3, "kernels": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

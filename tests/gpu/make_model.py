@@ -1,0 +1,49 @@
+"""Random checkpoints and chats for the GPU suite: `python -m tests.gpu.make_model DIR KIND`.
+
+Tiny ones come from tests/hf/tiny.py and tests/chats.py; `1.5b` is Qwen2.5-1.5B's shape, `8b` eight
+layers of Llama 3.1 8B's, with rows long enough to fill packed ones of 4,096 tokens.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.gpu.plan import SHAPES
+
+
+def make(directory: Path, kind: str) -> None:
+    """Write DIR/model and DIR/chats.jsonl."""
+    from tests.chats import write_chats
+    from tests.hf.tiny import make_tiny, tiny_tokenizer
+
+    directory.mkdir(parents=True, exist_ok=True)
+    if kind not in SHAPES:
+        make_tiny(kind, directory / "model")
+        write_chats(directory / "chats.jsonl")
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, shape = SHAPES[kind]
+    config = AutoConfig.for_model(name, max_position_embeddings=8192, **shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(directory / "model")
+    draw = random.Random(0)
+    words = "sum of two numbers is then we add carry and so the answer equals because".split()
+    with (directory / "chats.jsonl").open("w") as file:
+        for _ in range(400):
+            answer = " ".join(draw.choices(words, k=draw.randint(200, 380)))
+            turns = [("user", "What is it?"), ("assistant", answer)]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), sys.argv[2])
