@@ -107,7 +107,8 @@ class Comparison:
         if not self._whole(name):
             return 0
         info = self._base.tensors[name]
-        width = 2 * principal.basis_width(max(self._ks)) if self._ks else 0
+        # The space, its image, and what one turn of them takes.
+        width = 3 * principal.basis_width(max(self._ks)) if self._ks else 0
         return 4 * (info.numel + sum(info.shape) * min(width, *info.shape))
 
     def _tensor(self, name: str) -> TensorDrift:
