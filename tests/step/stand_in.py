@@ -7,18 +7,14 @@ import torch
 from megatron_dft.losses import registry
 
 VOCABULARY, HIDDEN = 300, 32
-KL = [name for name, entry in registry.OBJECTIVES.items() if "kl" in entry.needs]
 CASES = {name: (name, {}, 0.0) for name in registry.OBJECTIVES} | {
     "iw-sft by conversation": ("iw-sft", dict(level="sequence"), 0.0),
     "dft and a KL": ("dft", {}, 0.3),
 }
 
 
-ROUTE_2 = [case for case, (name, _, kl) in CASES.items() if name not in KL and not kl]
-
-
-def model(objective, sequence_parallel):
-    """The parts of a GPTModel that the self-test touches, with Megatron's own cross entropy."""
+def model(objective, sequence_parallel, own=False):
+    """The parts of a GPTModel that the self-test touches; own: with our cross entropy."""
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -41,11 +37,11 @@ def model(objective, sequence_parallel):
         compute_language_model_loss=compute_language_model_loss,
         training=True,
     )
-    LogitsProbe(model, objective)
+    LogitsProbe(model, objective, own=own)
     return model
 
 
-def run(cases, chunked, dtype, packing=True, cp=1, sp=False):
+def run(cases, chunked, dtype, packing=True, cp=1, sp=False, own=False):
     """case → the self-test's error, or the message with which it ends the run."""
     from megatron.core import parallel_state as mpu
 
@@ -61,10 +57,14 @@ def run(cases, chunked, dtype, packing=True, cp=1, sp=False):
     for case in cases:
         name, parameters, kl_coeff = CASES[case]
         objective = registry.get(name, **parameters)
-        settings = SimpleNamespace(objective=objective, vocab_size=VOCABULARY)
+        route = SimpleNamespace(memory=None, row_filter=None)
+        settings = SimpleNamespace(objective=objective, vocab_size=VOCABULARY, route=route)
+        args = SimpleNamespace(
+            loss_chunk_size=7, kl_coeff=kl_coeff, gradient_accumulation_fusion=False
+        )
         chunked_head.settings = lambda s=settings: s
-        chunked_head.get_args = lambda: SimpleNamespace(loss_chunk_size=7)
-        test = SelfTest(model(objective, sp), objective, VOCABULARY, dtype, packing, kl_coeff)
+        chunked_head.get_args = lambda a=args: a
+        test = SelfTest(model(objective, sp, own), objective, VOCABULARY, dtype, packing, kl_coeff)
         try:
             found[case] = test.run(chunked)
         except RuntimeError as error:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_dft.losses import weighting
 from tests.ranks import run_ranks
-from tests.step.stand_in import CASES, ROUTE_2, run
+from tests.step.stand_in import CASES, run
 
 
 def _break(how):
@@ -36,17 +36,18 @@ def _break(how):
         linear_recompute.linear_gradients = linear_gradients
 
 
-def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False):
+def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False, own=False):
     from megatron_dft.cpu import runtime
 
     runtime.activate()
     _break(how)
-    return run(cases, chunked, dtype, packing, cp, sp)
+    return run(cases, chunked, dtype, packing, cp, sp, own)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_objective_in_route_1(packing):
-    for rank in run_ranks(_run, 2, list(CASES), False, packing=packing):
+def test_every_objective_in_route_1(packing, own):
+    for rank in run_ranks(_run, 2, list(CASES), False, packing=packing, own=own):
         assert all(isinstance(error, float) and error < 1e-5 for error in rank.values()), rank
 
 
@@ -57,20 +58,19 @@ def test_every_objective_over_context_ranks_and_in_bf16():
 
 @pytest.mark.parametrize(("ranks", "sp"), [(1, False), (2, True)])
 def test_every_objective_in_route_2(ranks, sp):
-    for rank in run_ranks(_run, ranks, ROUTE_2, True, sp=sp):
+    for rank in run_ranks(_run, ranks, list(CASES), True, sp=sp):
         assert all(isinstance(error, float) and error < 1e-4 for error in rank.values()), rank
 
 
 def test_every_objective_in_route_2_in_bf16():
-    (rank,) = run_ranks(_run, 1, ROUTE_2, True, torch.bfloat16, packing=False)
+    (rank,) = run_ranks(_run, 1, list(CASES), True, torch.bfloat16, packing=False)
     assert all(isinstance(error, float) for error in rank.values()), rank
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_red_for_each_objective_whose_weight_is_dropped(chunked):
-    cases = ROUTE_2 if chunked else list(CASES)
     # At two ranks, so that the chunked head takes the weight from autograd.
-    for rank in run_ranks(_run, 2, cases, chunked, how="weight"):
+    for rank in run_ranks(_run, 2, list(CASES), chunked, how="weight"):
         for case, outcome in rank.items():
             if case == "sft":  # has none
                 assert isinstance(outcome, float)
@@ -84,8 +84,9 @@ def test_red_where_a_gradient_of_the_head_is_lost(how):
         assert all("self-test failed" in str(outcome) for outcome in rank.values()), rank
 
 
-def test_red_where_the_gradient_of_the_kl_is_lost():
-    (rank,) = run_ranks(_run, 1, ["asft", "dft and a KL", "dft"], False, how="kl")
+@pytest.mark.parametrize("own", [False, True])
+def test_red_where_the_gradient_of_the_kl_is_lost(own):
+    (rank,) = run_ranks(_run, 1, ["asft", "dft and a KL", "dft"], False, how="kl", own=own)
     assert "self-test failed" in str(rank["asft"]) and "self-test failed" in str(
         rank["dft and a KL"]
     )
