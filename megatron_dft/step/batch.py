@@ -22,6 +22,7 @@ from megatron_dft.step.lookahead import next_rows
 # Along axis 1 of these a context-parallel rank holds its part of the row.
 _PER_TOKEN = (
     "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+    "token_weights", "source_ids",
 )  # fmt: skip
 _OF_EXPERTS = ("padding_mask",)
 
@@ -80,6 +81,9 @@ class MicroBatch:
                         has run; None where nothing is compared
     token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
                         wrote; None where the data does not say
+    token_weights       fp32 [b, s], above 0 where loss_mask is 1: the data's factors on the tokens'
+                        losses; None where the data has none
+    source_ids          int16 [b, s], which item of --train-data, −1 in padding; None for one item
     full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
@@ -96,6 +100,8 @@ class MicroBatch:
     padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
     token_kinds: Tensor | None = None
+    token_weights: Tensor | None = None
+    source_ids: Tensor | None = None
     full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None

@@ -21,6 +21,8 @@ from megatron_dft.step.batch import MicroBatch
 PLAIN = registry.get("sft")
 # What training steps report beside the cross entropy; training/output.py reads it.
 FIGURES = StepFigures()
+# Names of the items of --train-data, for the losses of each; training/data_provider.py fills it.
+SOURCES: list[str] = []
 # log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
 _ROUNDING = 0.01
 
@@ -70,13 +72,17 @@ def loss_func(
     per_token, cross_entropy, weight = token_loss(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
+    if batch.training and batch.token_weights is not None:
+        # The data's own factors; the loss is still divided by the number of supervised tokens.
+        per_token = per_token * batch.token_weights
     loss = per_token.sum()
     _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
     compared = (correct, found.get("kl"), batch.ends)
     figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
+    sources = None if batch.source_ids is None else (batch.source_ids, SOURCES)
     if not batch.training:
         return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
-    names, sums = token_figures(settings().objective.name, *figures)
+    names, sums = token_figures(settings().objective.name, *figures, sources=sources)
     FIGURES.add(names, sums)
     # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
     report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}
