@@ -18,6 +18,7 @@ from megatron_dft.rollout.prompts import Prompt, Skips, read_prompts
 from megatron_dft.rollout.rewards import Rewarded, reward_samples, unusual
 from megatron_dft.rollout.sampler import draw_samples
 from megatron_dft.rollout.store import json_lines
+from megatron_dft.rollout.verifiers import VerifyAll, verifying
 from megatron_dft.storage.files import write_whole
 
 SUMMARY = "pass@1, Avg@k and maj@k with intervals, several checkpoints and sets side by side"
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[LABEL=]MODEL",
-        help="checkpoints, or the server's names for them; gains are over the first",
+        help="checkpoints, or the server's names for them; each is compared with those before it",
     )
     parser.add_argument(
         "--sets",
@@ -82,12 +83,14 @@ def run(args: argparse.Namespace) -> int:
     if part != (0, 1):
         print("this part is drawn; without --part, once all are, the scores come")
         return 0
-    rewarded = {
-        label: {name: _rewarded(args, spec, label, name) for name in sets} for label in models
-    }
+    with verifying(spec, args.workers) as verify_all:
+        rewarded = {
+            label: {name: _rewarded(args, spec.kind, verify_all, label, name) for name in sets}
+            for label in models
+        }
     _same_prompts(rewarded)
     found = {
-        label: {name: score_table.score(one, args.threshold) for name, one in by_set.items()}
+        label: {name: score_table.score(one, args.threshold, name) for name, one in by_set.items()}
         for label, by_set in rewarded.items()
     }
     scores = {label: {s: pair[0] for s, pair in sets.items()} for label, sets in found.items()}
@@ -137,9 +140,11 @@ def _sample(
             )
 
 
-def _rewarded(args: argparse.Namespace, spec: Any, label: str, name: str) -> list[Rewarded]:
+def _rewarded(
+    args: argparse.Namespace, kind: str, verify_all: VerifyAll, label: str, name: str
+) -> list[Rewarded]:
     folder = _folder(args, label, name)
-    found = reward_samples(folder, spec, args.workers, f"{label} on {name}")
+    found = reward_samples(folder, kind, verify_all, f"{label} on {name}")
     write_whole(folder / "rewards.jsonl", json_lines(one.record() for one in found))
     strange = unusual(found)
     if strange.counts:

@@ -8,6 +8,7 @@ from megatron_dft.rollout.keep import DEDUPE, KEEP, WEIGHTS, KeepRules, select, 
 from megatron_dft.rollout.prompts import Skips
 from megatron_dft.rollout.rewards import reward_samples, unusual
 from megatron_dft.rollout.store import json_lines, read_settings
+from megatron_dft.rollout.verifiers import verifying
 from megatron_dft.storage.files import write_whole
 
 SUMMARY = "reward samples, keep what verifies, write the trainer's JSONL"
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: its folder does not exist; make it first")
     raw = bool(read_settings(args.samples).get("raw"))
-    rewarded = reward_samples(args.samples, spec, args.workers)
+    with verifying(spec, args.workers) as verify_all:
+        rewarded = reward_samples(args.samples, spec.kind, verify_all)
     rewards = args.out.with_name(f"{args.out.stem}.rewards.jsonl")
     write_whole(rewards, json_lines(one.record() for one in rewarded))
     known = [one for one in rewarded if one.reward is not None]
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(rewarded):,} samples: {right:,} correct, mean reward {mean:.3f}: {rewards}")
     strange = unusual(rewarded)
     _tell("verifier", strange)
-    kept, left = select(rewarded, rules)
+    kept, left = select(rewarded, rules, raw)
     _tell("left out", left)
     if not kept:
         raise ValueError(f"--keep {args.keep}: no sample is left to train on: {left}")

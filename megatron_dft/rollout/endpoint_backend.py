@@ -65,7 +65,8 @@ class EndpointBackend:
         return None
 
     def generate(self, draws: Sequence[Draw]) -> Iterator[list[Result]]:
-        pool, gone = ThreadPoolExecutor(self._concurrency), None
+        pool = ThreadPoolExecutor(self._concurrency)
+        gone: BaseException | None = None
         asked: dict[Future[Answer | Fault], Draw] = {pool.submit(self._ask, d): d for d in draws}
         waiting = set(asked)
         try:
@@ -74,9 +75,9 @@ class EndpointBackend:
                 ready = {f for f in ready if not f.cancelled()}
                 errors = [e for f in ready if (e := f.exception()) is not None]
                 results = [(asked[f], f.result()) for f in ready if f.exception() is None]
-                self._watch(results, errors)
-                if errors and gone is None:
-                    gone = errors[0]
+                if gone is None:
+                    gone = errors[0] if errors else self._given_up(results)
+                if gone is not None:
                     for future in waiting:
                         future.cancel()
                 if results:
@@ -88,13 +89,16 @@ class EndpointBackend:
         if gone is not None:
             raise gone
 
-    def _watch(self, results: Sequence[Result], errors: list[BaseException]) -> None:
+    def _given_up(self, results: Sequence[Result]) -> BackendGone | None:
         """A server that fails every answer is as good as gone."""
         for _, answer in results:
-            self._failed_in_a_row = 0 if isinstance(answer, Answer) else self._failed_in_a_row + 1
-        if self._failed_in_a_row >= 3 * self._concurrency and not errors:
-            fault = next(a for _, a in results if isinstance(a, Fault))
-            errors.append(self._gone(f"{self._failed_in_a_row} failures in a row, {fault.kind}"))
+            if isinstance(answer, Answer):
+                self._failed_in_a_row = 0
+                continue
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= 3 * self._concurrency:
+                return self._gone(f"{self._failed_in_a_row} failures in a row, {answer.kind}")
+        return None
 
     def _ask(self, draw: Draw) -> Answer | Fault:
         """Raises BackendGone where the server cannot be reached, or refuses everything."""

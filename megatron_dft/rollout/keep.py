@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from megatron_dft.data.schema import RowError, parse_row
 from megatron_dft.rollout.prompts import Skips
 from megatron_dft.rollout.rewards import Rewarded
 
@@ -36,8 +37,12 @@ class KeepRules:
             raise ValueError(f"--per-prompt: expected 1 or more, got {self.per_prompt}")
 
 
-def select(rewarded: Iterable[Rewarded], rules: KeepRules) -> tuple[list[Rewarded], Skips]:
+def select(
+    rewarded: Iterable[Rewarded], rules: KeepRules, raw: bool = False
+) -> tuple[list[Rewarded], Skips]:
     """The kept samples, ordered by prompt and sample, and what was left out, by kind.
+
+    A sample that the trainer's reader would refuse (a NUL character, say) is left out too.
 
     Of a prompt's equals the one with the lowest sample number stays: samples are drawn alike, so
     that this choice favours nothing.
@@ -45,7 +50,7 @@ def select(rewarded: Iterable[Rewarded], rules: KeepRules) -> tuple[list[Rewarde
     kept: list[Rewarded] = []
     left = Skips()
     for _, group in groupby(rewarded, key=lambda one: one.prompt.number):
-        usable = list(_usable(group, rules, left))
+        usable = list(_usable(group, rules, raw, left))
         if rules.keep == "best":
             usable.sort(key=lambda one: (-one.reward, one.sample))  # type: ignore[operator]
         unique = list(_unique(usable, rules.dedupe, left))
@@ -75,7 +80,9 @@ def _layout(one: Rewarded, raw: bool) -> dict[str, Any]:
     return {"messages": [*one.prompt.messages, {"role": "assistant", "content": one.text}]}
 
 
-def _usable(group: Iterable[Rewarded], rules: KeepRules, left: Skips) -> Iterator[Rewarded]:
+def _usable(
+    group: Iterable[Rewarded], rules: KeepRules, raw: bool, left: Skips
+) -> Iterator[Rewarded]:
     for one in group:
         if one.reward is None:
             left.add("without a reward", _where(one))
@@ -86,8 +93,18 @@ def _usable(group: Iterable[Rewarded], rules: KeepRules, left: Skips) -> Iterato
         elif one.finish != "stop" and not rules.cut:
             # Trained on, it would teach to stop in the middle.
             left.add("cut off by --max-tokens", _where(one))
+        elif not _readable(one, raw):
+            left.add("text that training would refuse", _where(one))
         else:
             yield one
+
+
+def _readable(one: Rewarded, raw: bool) -> bool:
+    try:
+        parse_row(_layout(one, raw), None)
+    except RowError:
+        return False
+    return True
 
 
 def _unique(usable: list[Rewarded], dedupe: str, left: Skips) -> Iterator[Rewarded]:

@@ -49,8 +49,8 @@ def pass_at_1(prompts: Sequence[Scored]) -> Estimate:
     return wilson(sum(p.right[0] for p in prompts), len(prompts))
 
 
-def average_at_k(prompts: Sequence[Scored]) -> Estimate:
-    return bootstrap(np.array([np.mean(p.right) for p in prompts]))
+def average_at_k(prompts: Sequence[Scored], seed: int = 0) -> Estimate:
+    return bootstrap(np.array([np.mean(p.right) for p in prompts]), seed)
 
 
 def majority_at_k(prompts: Sequence[Scored]) -> Estimate:

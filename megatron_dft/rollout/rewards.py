@@ -12,7 +12,7 @@ from typing import Any
 from megatron_dft.rollout.prompts import Prompt, Skips
 from megatron_dft.rollout.store import read_samples, read_settings, read_stored_prompts
 from megatron_dft.rollout.verdict import Task, Verdict
-from megatron_dft.rollout.verifiers import VerifierSpec, verify_all
+from megatron_dft.rollout.verifiers import VerifyAll
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -44,22 +44,22 @@ class Rewarded:
 
 
 def reward_samples(
-    directory: Path, spec: VerifierSpec, workers: int | None = None, label: str = "verify"
+    directory: Path, kind: str, verify_all: VerifyAll, label: str = "verify"
 ) -> list[Rewarded]:
     """Every sample of the directory, ordered by prompt and sample number.
 
-    Raises ValueError where there is none, where the verifier cannot be loaded, or where it needs a
-    reference answer and no prompt has one.
+    kind: the verifier's, `verify_all` what `verifying` gives. Raises ValueError where there is no
+    sample, or where the verifier needs a reference answer and no prompt has one.
     """
     read_settings(directory)
     prompts = {p.number: p for p in read_stored_prompts(directory)}
     samples = read_samples(directory)
     if not samples:
         raise ValueError(f"{directory}: holds no sample yet")
-    needs_answer = spec.kind in ("math", "exact", "regex")
+    needs_answer = kind in ("math", "exact", "regex")
     if needs_answer and all(p.answer is None for p in prompts.values()):
         raise ValueError(
-            f"--verifier {spec.kind}: no prompt of {directory} has a reference answer; name its "
+            f"--verifier {kind}: no prompt of {directory} has a reference answer; name its "
             "column when sampling, --columns answer=COLUMN"
         )
     told = _progress(label, len(samples))
@@ -68,7 +68,7 @@ def reward_samples(
         Task(prompts[s["prompt"]].messages, s["text"], prompts[s["prompt"]].answer) for s in asked
     ]
     keys = [(s["prompt"], s["sample"]) for s in asked]
-    verdicts = dict(zip(keys, verify_all(tasks, spec, workers, told), strict=True))
+    verdicts = dict(zip(keys, verify_all(tasks, told), strict=True))
     without = Verdict(None, kind="prompt without a reference answer")
     return [
         Rewarded(

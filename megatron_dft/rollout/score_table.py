@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from megatron_dft.storage.files import write_whole
 Scores = dict[str, Estimate]
 
 
-def score(rewarded: Sequence[Rewarded], threshold: float) -> tuple[Scores, dict[str, Any]]:
-    """The estimates of one checkpoint on one set, and what to say beside them.
+def score(
+    rewarded: Sequence[Rewarded], threshold: float, name: str
+) -> tuple[Scores, dict[str, Any]]:
+    """The estimates of one checkpoint on the set `name`, and what to say beside them.
 
     A sample without a reward counts as wrong, and is counted.
     """
@@ -32,8 +35,8 @@ def score(rewarded: Sequence[Rewarded], threshold: float) -> tuple[Scores, dict[
         prompts.append(Scored(right, [one.verdict.answer for one in members]))
     k = max(len(p.right) for p in prompts)
     scores: Scores = {"pass@1": metrics.pass_at_1(prompts)}
-    average = metrics.average_at_k(prompts)
-    scores[f"avg@{k}"] = average
+    # One seed a set: checkpoints are resampled alike, sets of one size are not.
+    scores[f"avg@{k}"] = metrics.average_at_k(prompts, seed=zlib.crc32(name.encode()))
     scores[f"maj@{k}"] = metrics.majority_at_k(prompts)
     return scores, {
         "prompts": len(prompts),
@@ -51,7 +54,7 @@ def average_name(scores: Mapping[str, Mapping[str, Scores]]) -> str:
 def as_json(
     scores: Mapping[str, Mapping[str, Scores]], notes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """label → set → figure → value, low, high; with the gain of each checkpoint over the first."""
+    """label → set → figure → value, low, high; and each checkpoint's gain over those before it."""
     name, labels = average_name(scores), list(scores)
     result: dict[str, Any] = {"format": 1, "interval": metrics.LEVEL, "scores": {}, "gains": {}}
     for label, sets in scores.items():
@@ -61,11 +64,12 @@ def as_json(
         }
         mean = metrics.mean_of([found[name] for found in sets.values()])
         result["scores"][label]["mean"] = {name: mean.record()}
-    for label in labels[1:]:
-        before, after = scores[labels[0]], scores[label]
-        result["gains"][f"{label} over {labels[0]}"] = {
-            s: metrics.difference(after[s][name], before[s][name]).record() for s in after
-        }
+    for earlier, later in combinations(labels, 2):
+        before, after = scores[earlier], scores[later]
+        gains = {s: metrics.difference(after[s][name], before[s][name]) for s in after}
+        if len(gains) > 1:
+            gains["mean"] = metrics.mean_of(list(gains.values()))
+        result["gains"][f"{later} over {earlier}"] = {s: e.record() for s, e in gains.items()}
     return result
 
 

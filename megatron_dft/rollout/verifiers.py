@@ -51,6 +51,7 @@ class VerifierSpec:
 
 
 Verify = Callable[[Task], Verdict]
+VerifyAll = Callable[[Sequence[Task], Callable[[int], None]], list[Verdict]]
 
 
 class _Worker:
@@ -151,24 +152,25 @@ def _verifier(spec: VerifierSpec) -> Iterator[Verify]:
             worker.end()
 
 
-def verify_all(
-    tasks: Sequence[Task],
-    spec: VerifierSpec,
-    workers: int | None = None,
-    tell: Callable[[int], None] = lambda done: None,
-) -> list[Verdict]:
-    """A verdict for every task, in order. tell: called with how many are done.
+@contextmanager
+def verifying(spec: VerifierSpec, workers: int | None = None) -> Iterator[VerifyAll]:
+    """A function of tasks to a verdict for each, in order; its worker processes stay for the next.
 
-    Raises ValueError where the verifier cannot be loaded.
+    workers: samples at a time, one a core by default. The function's second argument is called
+    with how many are done. Raises ValueError where the verifier cannot be loaded.
     """
     spec.check()
-    verdicts = []
     with _verifier(spec) as verify, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        try:
+
+        def verify_all(tasks: Sequence[Task], tell: Callable[[int], None]) -> list[Verdict]:
+            verdicts = []
             for verdict in pool.map(verify, tasks):
                 verdicts.append(verdict)
                 tell(len(verdicts))
+            return verdicts
+
+        try:
+            yield verify_all
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return verdicts

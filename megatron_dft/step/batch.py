@@ -53,11 +53,20 @@ class Packing:
 
 @dataclass
 class HeadFigures:
-    """What route 2 finds beside its loss: cross_entropy, weight fp32, correct bool, all [b, s]."""
+    """What the head finds beside its loss: cross_entropy, weight, kl fp32, correct bool [b, s]."""
 
     cross_entropy: Tensor
     weight: Tensor
     correct: Tensor
+    kl: Tensor | None = None
+
+
+@dataclass
+class ReferenceHead:
+    """A frozen model's hidden states [s, b, h] (s/tp under SP) and its output weight [V/tp, h]."""
+
+    hidden: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -75,7 +84,9 @@ class MicroBatch:
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
-    head                with --loss-chunk-size, once the model has run
+    reference_head      for a KL of the head: what a frozen model has in the place of logits
+    host_mask           loss_mask in host memory, where the device has another
+    head                where the loss is taken from the hidden states, once the model has run
     """
 
     tokens: Tensor
@@ -89,6 +100,8 @@ class MicroBatch:
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
+    host_mask: Tensor | None = field(default=None, kw_only=True)
+    reference_head: ReferenceHead | None = field(default=None, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
 
     @property
@@ -154,7 +167,13 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
     if edges is not None:
         packing = Packing(_to_device(edges), int(raw["max_seqlen"].max()))
     on_device = {name: _to_device(value) for name, value in per_token.items()}
-    return MicroBatch(**on_device, packing=packing, held=held, training=training)
+    return MicroBatch(
+        **on_device,
+        packing=packing,
+        held=held,
+        training=training,
+        host_mask=per_token["loss_mask"],
+    )
 
 
 def _edges(raw: dict[str, Tensor]) -> Tensor:

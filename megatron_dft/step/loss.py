@@ -36,7 +36,7 @@ def token_loss(
 
     found: what the LogitsProbe saw, without `correct`.
     """
-    if batch.head is not None:  # route 2: the output processor has done it
+    if batch.head is not None:  # the output processor has done it
         return output_tensor, batch.head.cross_entropy, batch.head.weight
     cross_entropy = output_tensor.float()
     # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
@@ -56,8 +56,8 @@ def loss_func(
     """Sum of the objective over this rank's supervised tokens, their number, and the report.
 
     Args:
-        output_tensor: per token, fp32 [b, s]: Megatron's cross entropy, or with --loss-chunk-size
-            the objective's loss.
+        output_tensor: per token, fp32 [b, s]: the cross entropy, or of the head the objective's
+            loss.
         model: the (wrapped) model chunk, with its LogitsProbe.
 
     Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
@@ -66,7 +66,7 @@ def loss_func(
     found = unwrap_model(model).dft_probe.take()
     correct = found.pop("correct", None)
     if batch.head is not None:
-        correct = batch.head.correct
+        correct, found = batch.head.correct, {"kl": batch.head.kl}
     per_token, cross_entropy, weight = token_loss(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )

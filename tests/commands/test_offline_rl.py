@@ -168,6 +168,7 @@ def test_evaluate_several_models_on_several_sets(prompts, tmp_path, capsys):
     assert result["scores"]["old"]["two"]["avg@4"]["value"] == 0
     gain = result["gains"]["new over old"]["prompts"]
     assert gain["value"] == pytest.approx(sum(right) / 32) and gain["low"] > 0
+    assert list(result["gains"]["new over old"]) == ["prompts", "two", "mean"]
     of_two = result["scores"]["new"]["two"]["avg@4"]["value"]
     mean = result["scores"]["new"]["mean"]["avg@4"]["value"]
     assert mean == pytest.approx((sum(right) / 32 + of_two) / 2)

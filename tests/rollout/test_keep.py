@@ -26,6 +26,7 @@ SAMPLES = [
     rewarded(1, 3, "  ", 1.0),
     rewarded(2, 0, "g", 1.0, finish="length"),
     rewarded(2, 1, "h", 1.0),
+    rewarded(2, 2, "a NUL \0 in it", 1.0),
 ]
 
 
@@ -44,6 +45,7 @@ def test_correct():
         "without a reward": 1,
         "empty": 1,
         "cut off by --max-tokens": 1,
+        "text that training would refuse": 1,
     }
     assert left.first["empty"] == "f:2, sample 3"
 

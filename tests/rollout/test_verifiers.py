@@ -10,7 +10,7 @@ import pytest
 from megatron_dft.rollout import sandbox
 from megatron_dft.rollout.matching import canonical
 from megatron_dft.rollout.verdict import Task, Verdict
-from megatron_dft.rollout.verifiers import VerifierSpec, verify_all
+from megatron_dft.rollout.verifiers import VerifierSpec, verifying
 
 JUDGES = str(Path(__file__).with_name("judges.py"))
 QUESTION = [{"role": "user", "content": "?"}]
@@ -19,7 +19,8 @@ QUESTION = [{"role": "user", "content": "?"}]
 def verdicts(pairs, workers=1, **spec):
     """For (text, answer) pairs."""
     tasks = [Task(QUESTION, text, answer) for text, answer in pairs]
-    return verify_all(tasks, VerifierSpec(**spec), workers)
+    with verifying(VerifierSpec(**spec), workers) as verify_all:
+        return verify_all(tasks, lambda done: None)
 
 
 def rewards(pairs, **spec):
