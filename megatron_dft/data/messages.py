@@ -65,7 +65,7 @@ def _message(
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(f"{where}: role {shown(role)}; expected one of {', '.join(_ROLES)}")
     _check_order(role, previous, index)
-    if len(cleaned) > 2:
+    if len(cleaned) > 2 or "content" not in cleaned:
         if "tool_calls" in cleaned or "function_call" in cleaned:
             tool_calls_of(cleaned, where, found.notes)
             found.calls = found.calls or "tool_calls" in cleaned

@@ -222,20 +222,20 @@ def _read_meta(directory: Path) -> dict[str, Any]:
         meta = read_json_object(directory / "meta.json")
         sizes, counts, hashes = meta.get("bytes"), meta.get("counts"), meta.get("sha256")
         if not isinstance(sizes, dict) or not isinstance(hashes, dict):
-            raise ValueError("meta.json lacks sizes or hashes")
+            raise ValueError("it lacks sizes or hashes")
         kinds = _ARRAYS | ({_WEIGHTS: "<f4"} if _WEIGHTS in sizes else {})
         for name, kind in kinds.items():
             size = sizes.get(name)
             if type(size) is not int or size < 0 or size % int(kind[-1]) or name not in hashes:
-                raise ValueError(f"meta.json has no size or hash of {name}")
+                raise ValueError(f"it has no size or hash of {name}")
         if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
-            raise ValueError("meta.json counts something that is no number")
+            raise ValueError("it counts something that is no number")
         if not isinstance(meta.get("paths", []), list) or type(meta.get("largest_id")) is not int:
-            raise ValueError("meta.json lacks paths or the largest id")
+            raise ValueError("it lacks paths or the largest id")
     except ValueError as error:
         raise ValueError(
-            f"the data cache {str(directory)!r} is damaged: {error}; delete the directory and "
-            "start again"
+            f"the data cache {str(directory)!r} is damaged: meta.json is not readable ({error}); "
+            "delete the directory and start again"
         ) from None
     return meta
 

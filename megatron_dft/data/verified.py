@@ -14,15 +14,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.files import sha256_of_file, write_whole
+from megatron_dft.storage.files import read_json, sha256_of_file, write_whole
 
 
 def check_files(directory: Path, hashes: Mapping[str, str]) -> None:
     """Raises ValueError, naming the file, where one of `hashes` (name → SHA-256) is another."""
     current = _identity(directory, hashes)
     note = _note(directory)
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(note.read_text(encoding="utf-8")) == current:
+    with contextlib.suppress(ValueError):  # none, or a damaged one
+        if read_json(note) == current:
             return
     for name, expected in hashes.items():
         if sha256_of_file(directory / name) != expected:

@@ -68,7 +68,8 @@ class Comparison:
         """Every tensor's drift, in the order in which they finish; none is kept here."""
         # The promise is 4x the largest stored tensor, what a worker has of its own included.
         largest = max((self._base.tensors[n].nbytes for n in self._names), default=0)
-        budget = 4 * largest - self._workers * _WORKER_BYTES
+        workers = self._affordable(4 * largest)
+        budget = 4 * largest - workers * _WORKER_BYTES
         # Largest first: a big tensor picked up last would leave the other cores idle. Small ones
         # together: sending a task and its result costs about a millisecond.
         tasks: list[tuple[list[str], int]] = []
@@ -79,8 +80,18 @@ class Comparison:
                 room = TASK
             tasks[-1][0].append(name)
             room -= self._base.tensors[name].numel
-        for tensors in forked.run(self._tensors, tasks, budget, self._workers):
+        for tensors in forked.run(self._tensors, tasks, budget, workers):
             yield from tensors
+
+    def _affordable(self, promised: int) -> int:
+        """Workers: fewer where what each keeps of the subspaces' bases would break the promise."""
+        names = [n for n in self._names if self._ks and self._whole(n)]
+        if not names:
+            return self._workers
+        bases = [self._resident(n) - 4 * self._base.tensors[n].numel for n in names]
+        each = _WORKER_BYTES + 2 * int(np.median(bases))
+        rest = promised - max(self._resident(n) for n in names)
+        return max(1, min(self._workers, rest // each))
 
     def _tensors(self, names: list[str]) -> list[TensorDrift]:
         return [self._tensor(name) for name in names]
@@ -96,7 +107,8 @@ class Comparison:
         if not self._whole(name):
             return 0
         info = self._base.tensors[name]
-        width = 2 * principal.basis_width(max(self._ks)) if self._ks else 0
+        # The space, its image, and what one turn of them takes.
+        width = 3 * principal.basis_width(max(self._ks)) if self._ks else 0
         return 4 * (info.numel + sum(info.shape) * min(width, *info.shape))
 
     def _tensor(self, name: str) -> TensorDrift:

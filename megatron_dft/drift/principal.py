@@ -74,7 +74,7 @@ def directions(base: torch.Tensor, largest: int) -> Directions | None:
     if 2 * basis_width(largest) >= tall.shape[1]:
         found = _whole(tall, norm)
     else:
-        found = _krylov(tall, norm, _block(largest))
+        found = _krylov(tall, norm, _block(largest), largest)
     # Beyond the rank there are no directions, only rounding.
     floor = found.values[0] * max(base.shape) * float(np.finfo(np.float32).eps)
     rank = int(np.count_nonzero(found.values > floor))
@@ -105,7 +105,7 @@ def _whole(tall: torch.Tensor, norm: float) -> Directions:
     return Directions(left.float(), right.float(), values.numpy(), np.zeros(small))
 
 
-def _krylov(tall: torch.Tensor, norm: float, block: int) -> Directions:
+def _krylov(tall: torch.Tensor, norm: float, block: int, largest: int) -> Directions:
     rows, columns = tall.shape
     generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
     basis = torch.zeros(columns, _STEPS * block)
@@ -130,8 +130,9 @@ def _krylov(tall: torch.Tensor, norm: float, block: int) -> Directions:
     safe = values.clamp_min(1e-30)
     # Only the last block is not mapped into the space itself: ‖W₀ᵀû − σ̂ v̂‖ is its part of it.
     residuals = torch.linalg.vector_norm(rest.double() @ turn[-block:], dim=0) / safe
-    left = (image @ turn.float()) / safe.float()
-    return Directions(left, basis @ turn.float(), values.numpy(), residuals.numpy())
+    turn, safe = turn[:, :largest].float(), safe[:largest].float()
+    left = (image @ turn) / safe
+    return Directions(left, basis @ turn, values.numpy(), residuals.numpy())
 
 
 def shares(

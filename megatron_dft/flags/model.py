@@ -73,11 +73,6 @@ def _check_own_layers(args: argparse.Namespace, checkpoint: HFCheckpoint, on_cpu
             f"--transformer-impl {args.transformer_impl}: {name} has zero-centred norms, which "
             "Megatron's own layers lack; on a GPU install transformer-engine and drop the flag"
         )
-    if own.logit_softcap is not None and args.loss_chunk_size is not None:
-        raise ValueError(
-            f"--loss-chunk-size: {name} has soft-capped logits (final_logit_softcapping "
-            f"{own.logit_softcap}), which the chunked head does not compute; drop the flag"
-        )
     refused = {
         "--mtp-num-layers": args.mtp_num_layers,
         "--qat": args.qat,
@@ -89,6 +84,18 @@ def _check_own_layers(args: argparse.Namespace, checkpoint: HFCheckpoint, on_cpu
     for flag, given in refused.items():
         if given:
             raise ValueError(f"{flag}: does not know the layers of {name}; drop the flag")
+
+
+def head_lacks(checkpoint: HFCheckpoint | None) -> str | None:
+    """Why the loss of this model cannot be taken from its hidden states; None where it can."""
+    own = None if checkpoint is None else own_layers(checkpoint)
+    if own is None or own.logit_softcap is None:
+        return None
+    assert checkpoint is not None
+    return (
+        f"{checkpoint.architecture} has soft-capped logits (final_logit_softcapping "
+        f"{own.logit_softcap}), which the head does not compute"
+    )
 
 
 def same_architecture(checkpoint: HFCheckpoint, reference: HFCheckpoint) -> None:

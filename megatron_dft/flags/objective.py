@@ -1,4 +1,4 @@
-"""Flags of the loss: the objective and its parameters, its route, and what it is compared with."""
+"""Flags of the loss: the objective and its parameters, its reach, and what it is compared with."""
 
 import argparse
 from typing import Any
@@ -14,16 +14,9 @@ FULL_WEIGHT = {"none": 0, "end": KIND_END, "template": KIND_WRITTEN | KIND_END}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--loss with every objective's parameters, the route and the reference."""
+    """--loss with every objective's parameters, its reach and the reference."""
     registry.add_arguments(parser.add_argument_group("objective"))
-    group = parser.add_argument_group("route and reference of the loss")
-    group.add_argument(
-        "--loss-chunk-size",
-        type=int,
-        metavar="TOKENS",
-        help="compute the loss from the hidden states, never holding more than this many tokens' "
-        "worth of logits; default: Megatron's own output layer and cross entropy",
-    )
+    group = parser.add_argument_group("reach and reference of the loss")
     group.add_argument(
         "--dft-mtp",
         action="store_true",
@@ -65,14 +58,12 @@ def needs_kl(args: argparse.Namespace, objective: Objective) -> bool:
 
 
 def check(args: argparse.Namespace, objective: Objective) -> None:
-    """Raise one ValueError for what the objective, its route or its reference cannot do."""
+    """Raise one ValueError for what the objective or its reference cannot do."""
     missing = sorted(objective.needs - set(VOCABULARY_STATISTICS) - REFERENCE_STATISTICS)
     assert not missing, f"no source for {missing}"
     _check_full_weight(args, objective)
     _check_reference(args, objective)
     _check_mtp(args, objective)
-    if args.loss_chunk_size is not None:
-        _check_chunks(args, objective)
 
 
 def _check_full_weight(args: argparse.Namespace, objective: Objective) -> None:
@@ -108,29 +99,6 @@ def _check_reference(args: argparse.Namespace, objective: Objective) -> None:
             f"--loss {objective.name}: a reference model has not been proven under virtual "
             "pipeline stages; drop --num-layers-per-virtual-pipeline-stage and its like, or give "
             "--dft-reference-scores"
-        )
-
-
-def _check_chunks(args: argparse.Namespace, objective: Objective) -> None:
-    if needs_kl(args, objective):
-        raise ValueError(
-            "--loss-chunk-size: the KL needs the whole distribution at once; drop the flag"
-        )
-    if args.loss_chunk_size < 1:
-        raise ValueError(
-            f"--loss-chunk-size: expected at least 1 token, got {args.loss_chunk_size}; "
-            "256 is a good start, leave it out for Megatron's own cross entropy"
-        )
-    if args.mtp_num_layers and args.gradient_accumulation_fusion:
-        # Megatron's head calls of MTP mark the weight as added; DDP then drops the chunked head's
-        # gradient (core/tensor_parallel/layers.py, core/distributed/distributed_data_parallel.py).
-        raise ValueError(
-            "--loss-chunk-size: with --mtp-num-layers the head's gradient is lost under gradient "
-            "accumulation fusion; add --no-gradient-accumulation-fusion, or drop one of the two"
-        )
-    if args.cross_entropy_loss_fusion:
-        raise ValueError(
-            "--cross-entropy-loss-fusion: has no effect under --loss-chunk-size; drop one of them"
         )
 
 

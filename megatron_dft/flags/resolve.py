@@ -27,6 +27,7 @@ from megatron_dft.flags import (
     output,
     quantize,
     recovery,
+    route,
     schedule,
     scores,
 )
@@ -62,7 +63,7 @@ def add_arguments(
 
 def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
     """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, device, objective, scores, lens, output, quantize, recovery):
+    for subject in (model, device, objective, route, scores, lens, output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))
     if scoring:
@@ -119,14 +120,17 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
     else:
         scores.check_training(args, asked)
     _check(args, checkpoint, asked)
+    padded = args.padded_vocab_size or 0
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        parser.set_defaults(padded_vocab_size=-(-vocab_size // multiple) * multiple)
+        padded = -(-vocab_size // multiple) * multiple
+        parser.set_defaults(padded_vocab_size=padded)
     set_settings(
         Settings(
             asked,
             checkpoint,
             vocab_size,
+            route.resolve(args, asked, padded, runtime.is_active(), model.head_lacks(checkpoint)),
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
             full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
@@ -140,6 +144,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     device.check(args, runtime.is_active())
     objective.check(args, asked)
     model.check(args, checkpoint, runtime.is_active())
+    route.check(args, asked, model.head_lacks(checkpoint))
     data.check(args)
     schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))

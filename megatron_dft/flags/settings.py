@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_dft.flags.route import LossRoute
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.losses.registry import Objective
 
@@ -11,6 +12,7 @@ class Settings:
     """What no single flag holds.
 
     objective             --loss and its parameters
+    route                 where the loss is computed
     checkpoint            the opened --hf-model
     vocab_size            the model's own, without Megatron's padding; None: as padded
     reference_checkpoint  the base that a frozen model is made of; None: nothing is compared, or
@@ -23,6 +25,7 @@ class Settings:
     objective: Objective
     checkpoint: HFCheckpoint | None
     vocab_size: int | None
+    route: LossRoute
     reference_checkpoint: HFCheckpoint | None = None
     reference_scores: str | None = None
     full_weight: int = 0

@@ -4,6 +4,8 @@ Megatron's loop takes name → [sum, count] and logs Σ sum / Σ count over micr
 context-parallel ranks (training/training.py, train_step and evaluate).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +15,9 @@ HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
 END_PROB = "dft/end-prob"
-ENDS = "dft/ends"  # how many tokens END_PROB is a mean over; not reported
+SOURCE = "lm loss of "  # and the name of an item of --train-data
+# How many tokens a mean of some of them alone is over; not reported.
+_COUNT = "number of: "
 
 
 def histogram_key(index: int) -> str:
@@ -31,6 +35,7 @@ def token_figures(
     correct: Tensor | None,
     kl: Tensor | None = None,
     ends: Tensor | None = None,
+    sources: tuple[Tensor, Sequence[str]] | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Names, and sums over the supervised tokens of one micro-batch on one rank, their number last.
 
@@ -43,6 +48,7 @@ def token_figures(
         correct: bool [b, s], whether the target is the model's first choice; None if not known.
         kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
         ends: bool [b, s], which supervised tokens end a turn; None if not known.
+        sources: (integer [b, s], names): which source a token is of, for the cross entropy of each.
     """
     supervised, p = mask.bool(), (-cross_entropy).exp()
     found = {CROSS_ENTROPY: cross_entropy}
@@ -56,7 +62,11 @@ def token_figures(
     if kl is not None:
         found["dft/kl"] = kl
     if ends is not None:
-        found[END_PROB], found[ENDS] = torch.where(ends, p, 0.0), ends
+        found[END_PROB], found[_COUNT + END_PROB] = torch.where(ends, p, 0.0), ends
+    for number, name in enumerate(() if sources is None else sources[1]):
+        own = sources[0] == number
+        found[SOURCE + name] = torch.where(own, cross_entropy, 0.0)
+        found[_COUNT + SOURCE + name] = own
     values = torch.stack([*(x.detach().float() for x in found.values()), torch.ones_like(p)])
     parts = [torch.where(supervised, values, 0.0).flatten(1).sum(1)]
     if objective is not None:
@@ -87,7 +97,7 @@ def loss_report(
     )
     report = {name: torch.stack([sums[i], sums[-1]]) for i, name in enumerate(names)}
     if ends is not None:
-        report[END_PROB][1] = report.pop(ENDS)[0]
+        report[END_PROB][1] = report.pop(_COUNT + END_PROB)[0]
     if objective is not None:
         report[TOKENS] = torch.stack([sums[-1], torch.ones_like(sums[-1])])
     return report
@@ -133,9 +143,11 @@ class StepFigures:
         tokens, micro_batches = table[:, -2], table[:, -1]
         means = (table[:, :-2] / tokens[:, None]).mean(0).float()
         found = dict(zip(self._names, means.unbind(), strict=True))
-        if found.pop(ENDS, None) is not None:
-            # Of all ends of these steps: a single step may have none.
-            at, ends = self._names.index(END_PROB), self._names.index(ENDS)
-            found[END_PROB] = (table[:, at].sum() / table[:, ends].sum()).float()
+        for count in [name for name in found if name.startswith(_COUNT)]:
+            # Of all such tokens of these steps: a single step may have none.
+            del found[count]
+            name = count.removeprefix(_COUNT)
+            at, number = self._names.index(name), self._names.index(count)
+            found[name] = (table[:, at].sum() / table[:, number].sum()).float()
         found[TOKENS] = (tokens / micro_batches).sum().float()
         return found, len(steps)

@@ -22,6 +22,7 @@ from megatron_dft.step.lookahead import next_rows
 # Along axis 1 of these a context-parallel rank holds its part of the row.
 _PER_TOKEN = (
     "tokens", "labels", "loss_mask", "position_ids", "reference_log_prob", "token_kinds",
+    "token_weights", "source_ids",
 )  # fmt: skip
 _OF_EXPERTS = ("padding_mask",)
 
@@ -53,11 +54,20 @@ class Packing:
 
 @dataclass
 class HeadFigures:
-    """What route 2 finds beside its loss: cross_entropy, weight fp32, correct bool, all [b, s]."""
+    """What the head finds beside its loss: cross_entropy, weight, kl fp32, correct bool [b, s]."""
 
     cross_entropy: Tensor
     weight: Tensor
     correct: Tensor
+    kl: Tensor | None = None
+
+
+@dataclass
+class ReferenceHead:
+    """A frozen model's hidden states [s, b, h] (s/tp under SP) and its output weight [V/tp, h]."""
+
+    hidden: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -71,11 +81,16 @@ class MicroBatch:
                         has run; None where nothing is compared
     token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
                         wrote; None where the data does not say
+    token_weights       fp32 [b, s], above 0 where loss_mask is 1: the data's factors on the tokens'
+                        losses; None where the data has none
+    source_ids          int16 [b, s], which item of --train-data, −1 in padding; None for one item
     full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
     held                under context parallelism: global positions int64 [s] of this rank's tokens
     training            whether the model is training: the loss is plain in evaluation
-    head                with --loss-chunk-size, once the model has run
+    reference_head      for a KL of the head: what a frozen model has in the place of logits
+    host_mask           loss_mask in host memory, where the device has another
+    head                where the loss is taken from the hidden states, once the model has run
     """
 
     tokens: Tensor
@@ -85,10 +100,14 @@ class MicroBatch:
     padding_mask: Tensor | None = None
     reference_log_prob: Tensor | None = None
     token_kinds: Tensor | None = None
+    token_weights: Tensor | None = None
+    source_ids: Tensor | None = None
     full_weight: Tensor | None = None
     packing: Packing | None = None
     held: Tensor | None = None
     training: bool = field(default=False, kw_only=True)
+    host_mask: Tensor | None = field(default=None, kw_only=True)
+    reference_head: ReferenceHead | None = field(default=None, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
 
     @property
@@ -154,7 +173,13 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
     if edges is not None:
         packing = Packing(_to_device(edges), int(raw["max_seqlen"].max()))
     on_device = {name: _to_device(value) for name, value in per_token.items()}
-    return MicroBatch(**on_device, packing=packing, held=held, training=training)
+    return MicroBatch(
+        **on_device,
+        packing=packing,
+        held=held,
+        training=training,
+        host_mask=per_token["loss_mask"],
+    )
 
 
 def _edges(raw: dict[str, Tensor]) -> Tensor:

@@ -1,12 +1,14 @@
-"""Route 2 of the loss: hidden states → loss without the logits, as Megatron's output processor.
+"""The head: hidden states → loss without the logits, as Megatron's output processor.
 
 GPTModel.forward (since 0.18) hands the final hidden states to `output_processor` in the place of
 its output layer and cross entropy. It returns the per-token loss; the figures that the report
 needs are left in the micro-batch.
 """
 
+import functools
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.training import get_args
 from torch import Tensor
@@ -14,7 +16,8 @@ from torch import Tensor
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
 from megatron_dft.losses.linear_head import linear_head_loss
-from megatron_dft.step.batch import HeadFigures, MicroBatch
+from megatron_dft.losses.row_filter import RowFilter
+from megatron_dft.step.batch import HeadFigures, MicroBatch, ReferenceHead
 
 _PLAIN = registry.get("sft")
 
@@ -48,17 +51,61 @@ def output_processor(
         context: the micro-batch; its `training` says whether to weigh, it gets its `head`.
     """
     _wait_for_weight(output_layer, hidden_states)
+    args, route, training = get_args(), settings().route, context.training
+    reference = context.reference_head if training else None
     out = linear_head_loss(
         hidden_states,
         output_layer.weight if output_weight is None else output_weight,
         labels,
-        objective=settings().objective if context.training else _PLAIN,
-        mask=context.loss_mask,
+        objective=settings().objective if training else _PLAIN,
+        mask=context.loss_mask if context.host_mask is None else context.host_mask,
+        group=mpu.get_tensor_model_parallel_group(),
+        sequence_parallel=output_layer.sequence_parallel,
+        chunk_size=args.loss_chunk_size,
+        loss_memory=route.memory,
+        vocab_size=settings().vocab_size,
+        stats=context.token_stats() if training else None,
+        reference_hidden=None if reference is None else reference.hidden,
+        reference_weight=None if reference is None else reference.weight,
+        row_filter=row_filter() if training else None,
+        fuse_main_grad=args.gradient_accumulation_fusion,
+    )
+    loss = out.loss
+    if training and args.kl_coeff:
+        assert out.kl is not None
+        loss = loss + args.kl_coeff * torch.where(context.loss_mask.bool(), out.kl, 0.0)
+    context.head = HeadFigures(-out.log_prob, out.weight, out.is_top1, out.kl)
+    return loss
+
+
+def hidden_processor(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
+) -> ReferenceHead:
+    """For a frozen model: what its output layer would be given, in the place of its logits."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    return ReferenceHead(hidden_states, weight)
+
+
+@torch.no_grad()
+def reference_log_prob(batch: MicroBatch, output_layer: Any) -> Tensor:
+    """log p of the labels under the frozen model of `batch.reference_head`, fp32 [b, s]."""
+    assert batch.reference_head is not None
+    return linear_head_loss(
+        batch.reference_head.hidden,
+        batch.reference_head.weight,
+        batch.labels,
+        objective=_PLAIN,
+        mask=batch.loss_mask if batch.host_mask is None else batch.host_mask,
         group=mpu.get_tensor_model_parallel_group(),
         sequence_parallel=output_layer.sequence_parallel,
         chunk_size=get_args().loss_chunk_size,
+        loss_memory=settings().route.memory,
         vocab_size=settings().vocab_size,
-        stats=context.token_stats() if context.training else None,
-    )
-    context.head = HeadFigures(-out.log_prob, out.weight, out.is_top1)
-    return out.loss
+    ).log_prob
+
+
+@functools.cache
+def row_filter() -> RowFilter | None:
+    """The run's --loss-row-filter, which counts what it drops; None without the flag."""
+    bound = settings().route.row_filter
+    return None if bound is None else RowFilter(bound)

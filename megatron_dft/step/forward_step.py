@@ -1,10 +1,9 @@
 """Megatron's forward step: a batch in, the objective's loss and the report out.
 
-Route 2 (--loss-chunk-size) is chunked_head.py's.
-
-Route 1 of the loss: the model returns Megatron's vocabulary-parallel cross entropy, whose target
-logit and partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on
-every rank without another collective, and the weight is one elementwise multiply (loss.py).
+Two routes (flags/route.py). The head is chunked_head.py's. On the logits the model returns a
+vocabulary-parallel cross entropy, Megatron's or ours (logits_probe.py), whose target logit and
+partition function are already reduced over the tensor-parallel ranks. So p = exp(−CE) on every rank
+without another collective, and the weight is one elementwise multiply (loss.py).
 """
 
 from collections.abc import Iterator
@@ -20,14 +19,25 @@ from torch import Tensor
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses.vocab_parallel import vocab_parallel_statistics
 from megatron_dft.step.batch import MicroBatch, get_batch
-from megatron_dft.step.chunked_head import output_processor
+from megatron_dft.step.chunked_head import (
+    hidden_processor,
+    output_processor,
+    reference_log_prob,
+)
 from megatron_dft.step.loss import loss_func
 
 
 def _run_reference(batch: MicroBatch, packed: PackedSeqParams | None, chunk: Any) -> None:
     """Let the frozen model see the micro-batch first; the last stage keeps what is compared."""
-    needs = settings().objective.needs
-    if get_args().kl_coeff or "kl" in needs:
+    needs, head = settings().objective.needs, settings().route.head
+    wants_kl = get_args().kl_coeff or "kl" in needs
+    if wants_kl and head:
+        batch.reference_head = chunk.dft_reference(
+            batch, packed, labels=batch.labels, output_processor=hidden_processor
+        )
+        if batch.reference_head is not None and "reference_log_prob" in needs:
+            batch.reference_log_prob = reference_log_prob(batch, chunk.output_layer)
+    elif wants_kl:
         logits = chunk.dft_reference(batch, packed)
         if logits is not None:
             chunk.dft_probe.reference_logits = logits
@@ -35,10 +45,10 @@ def _run_reference(batch: MicroBatch, packed: PackedSeqParams | None, chunk: Any
                 group = mpu.get_tensor_model_parallel_group()
                 found = vocab_parallel_statistics(logits, batch.labels, group)
                 batch.reference_log_prob = found.log_prob
-        return
-    cross_entropy = chunk.dft_reference(batch, packed, labels=batch.labels)
-    if cross_entropy is not None:
-        batch.reference_log_prob = -cross_entropy.float()
+    else:
+        cross_entropy = chunk.dft_reference(batch, packed, labels=batch.labels)
+        if cross_entropy is not None:
+            batch.reference_log_prob = -cross_entropy.float()
 
 
 def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[MicroBatch, Tensor]:
@@ -53,10 +63,12 @@ def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[M
     batch = get_batch(data_iterator, model.training)
     timers("batch-generator").stop()
     packed = None if batch.packing is None else batch.packing.sequence_params(args.seq_length)
-    route_2 = {}
-    if args.loss_chunk_size is not None:
-        route_2 = {"output_processor": output_processor, "output_processor_context": batch}
+    head = {}
+    if settings().route.head:
+        head = {"output_processor": output_processor, "output_processor_context": batch}
     chunk = unwrap_model(model)
+    if chunk.post_process:
+        chunk.dft_probe.mask = batch.loss_mask
     if batch.training and getattr(chunk, "dft_reference", None) is not None:
         _run_reference(batch, packed, chunk)
     output_tensor = model(
@@ -67,7 +79,7 @@ def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[M
         loss_mask=batch.loss_mask,
         packed_seq_params=packed,
         padding_mask=_padding_mask(batch, chunk),
-        **route_2,
+        **head,
     )
     return batch, output_tensor
 

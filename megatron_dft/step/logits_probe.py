@@ -3,7 +3,7 @@
 The training loop's loss function sees the cross entropy alone. The probe reads the logits a moment
 before Megatron's cross entropy overwrites them: whether the target is the model's first choice (the
 largest logit and the target's, one all-reduce for both), and the statistics that an entropy-based
-objective asks for.
+objective asks for. Or it takes all of that and the cross entropy from one read of its own.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dft.losses.cross_entropy import vocab_parallel_cross_entropy
 from megatron_dft.losses.registry import Objective
 from megatron_dft.losses.token_stats import VOCABULARY_STATISTICS, TokenStats
 from megatron_dft.losses.vocab_parallel import VocabStatistics, vocab_parallel_statistics
@@ -43,23 +44,29 @@ class LogitsProbe:
     Args:
         model: GPTModel with an output layer, unwrapped; its compute_language_model_loss is changed.
         objective: decides which statistics are taken. weigh_mtp: whether it weighs the losses of
-            multi-token prediction heads too.
+            multi-token prediction heads too. own: our cross entropy in the place of Megatron's.
 
     Attributes:
+        mask: [b, s], non-zero where the micro-batch to come is supervised; None: everywhere.
         reference_logits: [b, s, V/tp] of a frozen model for the micro-batch to come, or None. With
             them the cross entropy comes from the same pass as the KL: Megatron's would overwrite
             the logits that the KL's backward needs.
     """
 
-    def __init__(self, model: Any, objective: Objective, weigh_mtp: bool = False) -> None:
+    def __init__(
+        self, model: Any, objective: Objective, weigh_mtp: bool = False, own: bool = False
+    ) -> None:
+        self.mask: Tensor | None = None
         self.reference_logits: Tensor | None = None
+        self._own = own
         self._model, self._objective, self._weigh_mtp = model, objective, weigh_mtp
         self._found: dict[str, Tensor] = {}
         self._wanted = {n: True for n in VOCABULARY_STATISTICS if n in objective.needs}
         self._plain = model.compute_language_model_loss
 
         def compute_language_model_loss(labels: Tensor, logits: Tensor) -> Tensor:
-            return self._cross_entropy(labels, logits)
+            loss = self._own_cross_entropy if self._own else self._cross_entropy
+            return loss(labels, logits)
 
         # compat.loop.separate_mtp_losses looks for it there.
         compute_language_model_loss.for_mtp = self._mtp_loss  # type: ignore[attr-defined]
@@ -73,7 +80,7 @@ class LogitsProbe:
         nothing where the logits were not seen (--loss-chunk-size).
         """
         found, self._found = self._found, {}
-        self.reference_logits = None
+        self.reference_logits = self.mask = None
         return found
 
     def _statistics(self, labels: Tensor, logits: Tensor) -> VocabStatistics:
@@ -100,6 +107,28 @@ class LogitsProbe:
             found.update({name: getattr(seen, name) for name in self._wanted})
         self._found = found
         return self._plain(labels, logits) if cross_entropy is None else cross_entropy
+
+    def _own_cross_entropy(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """As `_cross_entropy`, all of it from one read; 0 where not supervised. Logits are lost."""
+        training = self._model.training
+        reference = self.reference_logits if training else None
+        cross_entropy, seen = vocab_parallel_cross_entropy(
+            logits,
+            labels.transpose(0, 1),
+            self._model.pg_collection.tp,
+            mask=None if self.mask is None else self.mask.transpose(0, 1),
+            reference_logits=reference.transpose(0, 1)
+            if training and reference is not None
+            else None,
+            **(self._wanted if training else {}),
+        )
+        found = {"correct": seen.is_top1.transpose(0, 1)}
+        if seen.kl is not None:
+            found["kl"] = seen.kl.transpose(0, 1)
+        if training:
+            found.update({n: getattr(seen, n).detach().transpose(0, 1) for n in self._wanted})
+        self._found = found
+        return cross_entropy.transpose(0, 1).contiguous()
 
     def _mtp_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         cross_entropy = self._plain(labels, logits)

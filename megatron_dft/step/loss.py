@@ -21,6 +21,8 @@ from megatron_dft.step.batch import MicroBatch
 PLAIN = registry.get("sft")
 # What training steps report beside the cross entropy; training/output.py reads it.
 FIGURES = StepFigures()
+# Names of the items of --train-data, for the losses of each; training/data_provider.py fills it.
+SOURCES: list[str] = []
 # log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
 _ROUNDING = 0.01
 
@@ -36,7 +38,7 @@ def token_loss(
 
     found: what the LogitsProbe saw, without `correct`.
     """
-    if batch.head is not None:  # route 2: the output processor has done it
+    if batch.head is not None:  # the output processor has done it
         return output_tensor, batch.head.cross_entropy, batch.head.weight
     cross_entropy = output_tensor.float()
     # A weighted loss is not monotone in p: checkpoints may not be chosen by it.
@@ -56,8 +58,8 @@ def loss_func(
     """Sum of the objective over this rank's supervised tokens, their number, and the report.
 
     Args:
-        output_tensor: per token, fp32 [b, s]: Megatron's cross entropy, or with --loss-chunk-size
-            the objective's loss.
+        output_tensor: per token, fp32 [b, s]: the cross entropy, or of the head the objective's
+            loss.
         model: the (wrapped) model chunk, with its LogitsProbe.
 
     Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
@@ -66,17 +68,21 @@ def loss_func(
     found = unwrap_model(model).dft_probe.take()
     correct = found.pop("correct", None)
     if batch.head is not None:
-        correct = batch.head.correct
+        correct, found = batch.head.correct, {"kl": batch.head.kl}
     per_token, cross_entropy, weight = token_loss(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
+    if batch.training and batch.token_weights is not None:
+        # The data's own factors; the loss is still divided by the number of supervised tokens.
+        per_token = per_token * batch.token_weights
     loss = per_token.sum()
     _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
     compared = (correct, found.get("kl"), batch.ends)
     figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
+    sources = None if batch.source_ids is None else (batch.source_ids, SOURCES)
     if not batch.training:
         return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
-    names, sums = token_figures(settings().objective.name, *figures)
+    names, sums = token_figures(settings().objective.name, *figures, sources=sources)
     FIGURES.add(names, sums)
     # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
     report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}

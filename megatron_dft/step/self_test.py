@@ -4,8 +4,9 @@ A fused cross entropy that ignores its upstream gradient, or assumes it uniform 
 DFT into SFT without a word. So before the first step a few rows go through the loss as training
 takes it, in the run's own route, layout, dtype and reference, and the gradient is compared with a
 dense one in float64 (dense_gradient.py). Route 1: the model's own cross entropy on random logits of
-its whole vocabulary, KL included. Route 2: the chunked head on a few vocabulary rows, hidden states
-cut for sequence parallelism, d_hidden and dW. Some tokens are not supervised; conversations differ.
+its whole vocabulary. Route 2: the chunked head on a few vocabulary rows, hidden states cut for
+sequence parallelism, d_hidden and dW. The KL is included, some tokens are not supervised, and
+conversations differ.
 
 Shapes: b rows of s tokens, V/tp the local vocabulary, R a few rows of it, h hidden size.
 """
@@ -20,7 +21,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from megatron_dft.losses.registry import Objective
-from megatron_dft.step.batch import MicroBatch, Packing
+from megatron_dft.step.batch import MicroBatch, Packing, ReferenceHead
 from megatron_dft.step.chunked_head import output_processor
 from megatron_dft.step.dense_gradient import dense_gradient
 from megatron_dft.step.loss import token_loss
@@ -206,6 +207,12 @@ def _head_inputs(test: SelfTest, batch: MicroBatch, rows: int) -> tuple[Tensor, 
     return hidden.to(device, test.dtype), weight.to(device, test.dtype)
 
 
+def _near(weight: Tensor, rank: int) -> Tensor:
+    """The output weight of a reference: eighths away, which bf16 keeps."""
+    steps = torch.randint(-2, 3, weight.shape, generator=_generator(200_000 + rank)) / 8.0
+    return weight + steps.to(weight)
+
+
 def _check_head(test: SelfTest) -> float:
     model, group = test.model, test.group
     device = next(model.parameters()).device
@@ -217,6 +224,12 @@ def _check_head(test: SelfTest) -> float:
 
     is_cut = model.output_layer.sequence_parallel
     own = hidden.chunk(group.size())[group.rank()] if is_cut else hidden
+    reference = None
+    if test.needs_kl:
+        near = _near(weight, group.rank())
+        batch.reference_head = ReferenceHead(own.clone(), near)
+        logits = (hidden.float() @ near.float().t()).transpose(0, 1)
+        reference = _whole_vocabulary(logits, group)
     own, weight = own.clone().requires_grad_(), weight.requires_grad_()
     loss = output_processor(
         hidden_states=own,
@@ -229,7 +242,7 @@ def _check_head(test: SelfTest) -> float:
     )
     (loss * upstream).sum().backward()
     assert own.grad is not None and weight.grad is not None
-    dense = _dense(test, whole, batch, upstream, None)
+    dense = _dense(test, whole, batch, upstream, reference)
     mine = dense[..., group.rank() * rows : (group.rank() + 1) * rows].transpose(0, 1)
     d_hidden = mine @ weight.detach().double()
     dist.all_reduce(d_hidden, group=group)

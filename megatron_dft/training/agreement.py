@@ -8,6 +8,7 @@ each rank of a replica (tensor, pipeline, context parallel) has read.
 
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections import Counter
@@ -67,7 +68,8 @@ def check_start(args: Any, data: dict[str, Any]) -> None:
     software = [platform.python_version(), torch.__version__, version("megatron-core")]
     mine = {"flags": _hash(_flags(args)), "software": _hash(software)}
     mine |= {flag: _hash(identity) for flag, identity in data.items()}
-    if args.hf_model is not None:
+    # Of each file some blocks are read: once a node.
+    if args.hf_model is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         mine["--hf-model"] = _hash(model_identity(args))
     _compare(mine, dist.get_world_size())
 
@@ -75,10 +77,12 @@ def check_start(args: Any, data: dict[str, Any]) -> None:
 def _compare(mine: dict[str, str], ranks: int) -> None:
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, (mine, socket.gethostname()))
-    for what in mine:
-        found = [hashes.get(what) for hashes, _ in every]
-        usual, _ = Counter(found).most_common(1)[0]
-        odd = [r for r, value in enumerate(found) if value != usual]
+    for what in _REMEDY:
+        found = {r: hashes[what] for r, (hashes, _) in enumerate(every) if what in hashes}
+        if not found:
+            continue
+        usual, _ = Counter(found.values()).most_common(1)[0]
+        odd = [r for r, value in found.items() if value != usual]
         if odd:
             _refuse(what, [f"{r} ({every[r][1]})" for r in odd], "most ranks")
 

@@ -11,6 +11,7 @@ from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
+from megatron_dft.step.loss import SOURCES
 from megatron_dft.training import agreement, trained_chat
 
 
@@ -87,6 +88,7 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         train = build(args, "--train-data", num_samples[0], shuffle=True)
         _guard_resume(args, train)
         trained_chat.record(args, train)
+        SOURCES[:] = train.sources
         counted = {name: count for name, count in train.counts.items() if count}
         print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
         if train.scores is not None:

@@ -96,14 +96,15 @@ def prepare(chunks: list[Any], args: Any) -> None:
             continue
         if chosen.vocab_size is not None:
             mask_padded_vocab(chunk, chosen.vocab_size)
-        LogitsProbe(chunk, chosen.objective, args.dft_mtp)
+        LogitsProbe(chunk, chosen.objective, args.dft_mtp, chosen.route.own)
         dtype = WORDS[trained_word(args)]
         vocab_size = chosen.vocab_size or args.padded_vocab_size
         test = SelfTest(
             chunk, chosen.objective, vocab_size, dtype, not args.no_packing, args.kl_coeff
         )
-        error = test.run(chunked=args.loss_chunk_size is not None)
+        error = test.run(chunked=chosen.route.head)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            print(f"> {chosen.route.line}")
             print(
                 f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "
                 f"(relative error {error:.1e})",

@@ -196,10 +196,8 @@ def test_a_store_is_hashed_once_on_each_node(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
     _prepare([path], tokenizer, tmp_path / "c")
     hashed = []
-    digest = verified.hashlib.file_digest
-    monkeypatch.setattr(
-        verified.hashlib, "file_digest", lambda f, kind: hashed.append(1) or digest(f, kind)
-    )
+    digest = verified.sha256_of_file
+    monkeypatch.setattr(verified, "sha256_of_file", lambda path: hashed.append(1) or digest(path))
     monkeypatch.setattr(cache, "content_hash", lambda path, notes: "same")
     monkeypatch.setattr(cache, "digest", lambda value: "same")
     _prepare([path], tokenizer, tmp_path / "d")
@@ -241,7 +239,7 @@ def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeyp
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    for name in ("cache.write_atomically", "verified.write_atomically", "row_plan._save"):
+    for name in ("cache.write_whole", "verified.write_whole", "row_plan._save"):
         monkeypatch.setattr(f"megatron_dft.data.{name}", refuse)
     again = build_dataset([path], tokenizer, **options, seed=2)
     assert len(again.conversations) == len(first.conversations) and len(again) == len(first)

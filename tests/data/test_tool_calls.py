@@ -142,3 +142,10 @@ def test_tools_and_functions_beside_each_other_are_refused():
         parse_row(row, None)
     row = {"messages": calling(None), "tools": ['{"name": "a"}']}
     assert parse_row(row, None).tools == [{"name": "a"}]
+
+
+def test_a_message_of_calls_alone_is_checked_like_any_other():
+    for calls in ("x", [3]):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}]
+        with pytest.raises(RowError, match="message 1: (tool_calls|a tool call)"):
+            parse_row({"messages": messages}, None)

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from megatron_dft.flags import megatron, objective
+from megatron_dft.flags import megatron, route
 from megatron_dft.losses import registry
 
 _DFT = registry.get("dft")
@@ -62,12 +62,13 @@ def test_heads_of_mtp_beside_the_chunked_one_under_fusion():
     from megatron.core.tensor_parallel import layers
 
     given = dict(
-        loss_chunk_size=16, mtp_num_layers=1, gradient_accumulation_fusion=True, kl_coeff=0.0,
+        loss_chunk_size=16, loss_route=None, loss_memory=1024.0, loss_row_filter=None,
+        cross_entropy="auto", mtp_num_layers=1, gradient_accumulation_fusion=True, kl_coeff=0.0,
         cross_entropy_loss_fusion=False,
     )  # fmt: skip
     with pytest.raises(ValueError, match="--no-gradient-accumulation-fusion"):
-        objective._check_chunks(argparse.Namespace(**given), _DFT)
+        route.check(argparse.Namespace(**given), _DFT, None)
     given["gradient_accumulation_fusion"] = False
-    objective._check_chunks(argparse.Namespace(**given), _DFT)
+    route.check(argparse.Namespace(**given), _DFT, None)
     assert "weight.grad_added_to_main_grad = True" in inspect.getsource(layers)
     assert "not param.grad_added_to_main_grad" in inspect.getsource(distributed_data_parallel)

@@ -52,11 +52,35 @@ CASES = {
         ["--dft-reference-model", "--kl-coeff"],
     ),
     "KL twice": (dict(loss="asft", kl_coeff=0.1), ["--kl-coeff", "asft"]),
-    "KL without the distribution": (
-        dict(loss="asft", loss_chunk_size=16),
-        ["--loss-chunk-size", "KL"],
+    "a row filter with a KL": (
+        dict(loss="asft", loss_row_filter=1e-4),
+        ["--loss-row-filter", "KL", "drop one"],
+    ),
+    "a row filter that drops everything": (
+        dict(loss_row_filter=1.5),
+        ["--loss-row-filter", "below 1", "1.5"],
+    ),
+    "no memory for the head": (
+        dict(loss_route="head", loss_memory=0),
+        ["--loss-memory", "above 0", "1024"],
+    ),
+    "chunks of logits": (
+        dict(loss_route="logits", loss_chunk_size=16),
+        ["--loss-route logits", "--loss-chunk-size", "drop one"],
+    ),
+    "a cross entropy that the head does not take": (
+        dict(loss_route="head", cross_entropy="megatron"),
+        ["--cross-entropy megatron", "--loss-route head", "drop one"],
     ),
     "no chunk": (dict(loss_chunk_size=0), ["--loss-chunk-size", "at least 1"]),
+    "a warm-up longer than the run": (
+        dict(train_iters=3, lr_warmup_iters=5, lr_decay_style="cosine"),
+        ["--lr-warmup-iters", "shorter than --train-iters 3", "got 5"],
+    ),
+    "full weight where all have it": (
+        dict(loss="sft", dft_full_weight="end"),
+        ["--dft-full-weight end", "--loss sft"],
+    ),
     "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (
         dict(global_batch_size=7),

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -66,7 +67,7 @@ def _plain_loss() -> None:
         return output, partial(loss_func, batch, model=chunk)
 
     forward_step.forward_step = step
-    model.LogitsProbe = lambda *args: None
+    model.LogitsProbe = lambda chunk, *args, **named: setattr(chunk, "dft_probe", SimpleNamespace())
     model.SelfTest.run = lambda self, chunked: 0.0
 
 

@@ -112,6 +112,9 @@ PARITY = [
     Run("cpu-gemma3", model="gemma3", flags=CPU),
     Run("te", flags=dict(save_hf="WORK/out/te"), like="cpu"),
     Run("te-unpacked", flags=dict(no_packing=True), like="cpu-unpacked"),
+    Run("te-megatron-ce", flags=dict(loss_route="logits", cross_entropy="megatron"), like="cpu"),
+    Run("te-logits", flags=dict(loss_route="logits"), like="cpu"),
+    Run("te-asft-logits", flags=dict(loss="asft", loss_route="logits"), like="cpu-asft"),
     Run("te-chunk", flags=CHUNK, like="cpu"),
     Run("te-unpacked-chunk", flags=dict(CHUNK, no_packing=True), like="cpu-unpacked"),
     Run("te-tied-chunk", model="llama-tied", flags=CHUNK, like="cpu-tied"),
@@ -149,6 +152,11 @@ FUSED = dict(BIG, require_fused_attention=True)
 TRAIN = [
     Run("plain-ce", model="1.5b", flags=dict(FUSED, loss="sft"), launch=("--plain",)),
     Run("dft", model="1.5b", flags=FUSED, launch=("--profile", "WORK/profile.json")),
+    Run(
+        "dft-megatron-ce",
+        model="1.5b",
+        flags=dict(FUSED, loss_route="logits", cross_entropy="megatron"),
+    ),
     Run("dft-chunk", model="1.5b", flags=dict(FUSED, loss_chunk_size=4096)),
     Run("8b-dft-chunk", model="8b", flags=dict(FUSED, loss_chunk_size=4096)),
 ]

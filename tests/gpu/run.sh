@@ -18,7 +18,6 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-out=${out:-$(mktemp -d "${TMPDIR:-/tmp}/megatron_dft_gpu.XXXXXX")}
 cd "$root"
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
@@ -35,11 +34,12 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=2
 export NVIDIA_TF32_OVERRIDE=0
 
 case " ${arguments[*]-} " in
-    *" --dry-run "*) exec "$python" -m tests.gpu.suite "$out" "${arguments[@]}" ;;
+    *" --dry-run "*) exec "$python" -m tests.gpu.suite "${out:-OUT}" "${arguments[@]}" ;;
 esac
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "tests/gpu/run.sh: no GPU is visible; nothing was run (--dry-run shows what would be)"
     exit 3
 fi
+out=${out:-$(mktemp -d "${TMPDIR:-/tmp}/megatron_dft_gpu.XXXXXX")}
 echo "results: $out"
 exec "$python" -m tests.gpu.suite "$out" ${arguments[@]+"${arguments[@]}"}

@@ -5,6 +5,7 @@ OUT/results.json; status 0 only if all holds.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -37,14 +38,15 @@ def command(run: Run, work: Path) -> list[str]:
 
 def heads(out: Path) -> list[tuple[str, list[str]]]:
     """(name, command) of the loss heads' tests and benchmark, where they are in the tree."""
-    found = [
-        ("objectives", [sys.executable, "-m", "tests.gpu.objectives"]),
-        ("head tests", [sys.executable, "-m", "pytest", "-q", "tests/gpu/test_heads.py"]),
-        ("loss benchmark", [sys.executable, "tools/benchmark_loss.py", "--device", "cuda",
-                            "--json", str(out / "loss.json")]),
-    ]  # fmt: skip
-    present = {"head tests": "tests/gpu/test_heads.py", "loss benchmark": "tools/benchmark_loss.py"}
-    return [(n, c) for n, c in found if n not in present or (ROOT / present[n]).is_file()]
+    python = sys.executable
+    found = [("objectives", [python, "-m", "tests.gpu.objectives"])]
+    tests, benchmark = "tests/gpu/test_heads.py", "tools/benchmark_loss.py"
+    if (ROOT / tests).is_file() and importlib.util.find_spec("pytest"):
+        found.append(("head tests", [python, "-m", "pytest", "-q", tests]))
+    if (ROOT / benchmark).is_file():
+        shares = ["--supervised", "1.0", "0.5", "--repeats", "5"]
+        found.append(("loss benchmark", [python, benchmark, *shares, "--out", str(out / "loss")]))
+    return found
 
 
 class Suite:

@@ -5,10 +5,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from megatron_dft.gemma_checks import check_own_layers, same_own_layers
 
+from megatron_dft.flags import model, route
 from megatron_dft.hf.config import megatron_args, own_layers
 from megatron_dft.hf.source import open_checkpoint
+from megatron_dft.losses import registry
 from tests.chats import write_chats
 from tests.hf.tiny import make_tiny
 from tests.train.launch import flags, largest_relative_error, run_train, weights
@@ -172,10 +173,23 @@ def test_what_is_not_built_is_named(kind, changes, named, models, tmp_path):
 PLAIN = dict(
     transformer_impl="local",
     loss_chunk_size=None,
+    loss_route=None,
+    loss_memory=1024.0,
+    loss_row_filter=None,
+    cross_entropy="auto",
+    cross_entropy_loss_fusion=False,
+    gradient_accumulation_fusion=False,
+    kl_coeff=0.0,
     mtp_num_layers=None,
     qat=None,
     attention_backend=None,
 )
+
+
+def _check(given, checkpoint, on_cpu):
+    args = Namespace(**given)
+    model.check(args, checkpoint, on_cpu)
+    route.check(args, registry.get("dft"), model.head_lacks(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -197,13 +211,13 @@ PLAIN = dict(
 def test_refused_combinations(kind, given, on_cpu, named, models):
     checkpoint = open_checkpoint(models[kind])
     with pytest.raises(ValueError, match=named) as caught:
-        check_own_layers(Namespace(**(PLAIN | given)), checkpoint, on_cpu)
+        _check(PLAIN | given, checkpoint, on_cpu)
     assert "\n" not in str(caught.value)
-    check_own_layers(Namespace(**PLAIN), checkpoint, True)
+    _check(PLAIN, checkpoint, True)
 
 
 def test_a_reference_model_with_other_layers_is_refused(models, tmp_path):
     other = edited(models["gemma2"], tmp_path / "other", final_logit_softcapping=5.0)
-    same_own_layers(open_checkpoint(models["gemma2"]), open_checkpoint(models["gemma2"]))
+    model.same_architecture(open_checkpoint(models["gemma2"]), open_checkpoint(models["gemma2"]))
     with pytest.raises(ValueError, match="--dft-reference-model.*logit_softcap=5.0"):
-        same_own_layers(open_checkpoint(models["gemma2"]), other)
+        model.same_architecture(open_checkpoint(models["gemma2"]), other)

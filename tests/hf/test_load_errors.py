@@ -62,6 +62,14 @@ DAMAGES = {
         lambda t: add(t, "lm_head.weight", torch.zeros(260, 32)),
         ["'lm_head.weight'", "[260, 32]", "[259, 32]"],
     ),
+    "codes of eight bits": (
+        lambda t: add(t, K_PROJ, t[K_PROJ].to(torch.float8_e4m3fn)),
+        [repr(K_PROJ), "float8_e4m3fn", "model.safetensors", "dequantise"],
+    ),
+    "whole numbers": (
+        lambda t: add(t, K_PROJ, t[K_PROJ].to(torch.int8)),
+        [repr(K_PROJ), "int8", "dequantise"],
+    ),
     "NaN on rank 0": (lambda t: poison(t, 0), [repr(K_PROJ), "NaN"]),
     "NaN on rank 1": (lambda t: poison(t, 15), [repr(K_PROJ), "NaN"]),
 }
@@ -107,9 +115,10 @@ def test_a_tied_checkpoint_may_repeat_the_embedding_but_not_another(tmp_path):
     assert "lm_head.weight" in messages["other"] and "tie_word_embeddings" in messages["other"]
 
 
-def test_recomputed_rotary_buffers_are_ignored(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_recomputed_rotary_buffers_are_ignored(kind, tmp_path):
     directory = edited(
-        make_tiny("llama", tmp_path / "in", num_hidden_layers=2, vocab_size=277),
+        make_tiny(kind, tmp_path / "in", num_hidden_layers=2, vocab_size=277),
         lambda t: add(t, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),
     )
     expected = transformers_logits(directory)

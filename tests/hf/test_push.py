@@ -104,7 +104,7 @@ def hub():
 _PROGRAM = """
 import sys
 from pathlib import Path
-from megatron_dft.hf.export_command import push
+from megatron_dft.commands.export_hf import push
 push(Path(sys.argv[1]), "me/tuned")
 """
 

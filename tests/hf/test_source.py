@@ -163,11 +163,6 @@ def test_index_that_names_a_missing_file(tiny):
     assert "model-00001-of-00002.safetensors, which is missing" in refusal(tiny)
 
 
-def test_index_that_names_a_missing_tensor(tiny):
-    shard(tiny, {"absent": "model.safetensors"})
-    assert "'absent'" in refusal(tiny)
-
-
 def test_index_without_a_map(tiny):
     (tiny / "model.safetensors.index.json").write_text("{}")
     assert "weight_map" in refusal(tiny)
@@ -241,3 +236,25 @@ def test_writer_refuses_an_incomplete_file(tmp_path):
         writer.write("a", torch.zeros(3))
     with pytest.raises(ValueError, match="not written, or not once: .'a'"):
         writer.close()
+
+
+def test_an_index_may_name_what_lies_nowhere_but_not_elsewhere(tmp_path):
+    """Rotary buffers that are no longer written; what a parameter needs is missed later."""
+    tiny = make_tiny("llama", tmp_path / "model", num_hidden_layers=1, max_shard_size="20KB")
+    file = tiny / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = shards[0]
+    file.write_text(json.dumps(index))
+    assert len(open_checkpoint(tiny).tensors) == 12
+    name = "model.norm.weight"
+    index["weight_map"][name] = next(s for s in shards if s != index["weight_map"][name])
+    file.write_text(json.dumps(index))
+    assert repr(name) in refusal(tiny) and "fetch both again" in refusal(tiny)
+
+
+def test_deepseek_without_latent_queries(tmp_path):
+    tiny = make_tiny("deepseek-v3", tmp_path / "model", num_hidden_layers=1, q_lora_rank=None)
+    with pytest.raises(ValueError, match="q_lora_rank None") as caught:
+        megatron_args(open_checkpoint(tiny))
+    assert "\n" not in str(caught.value)

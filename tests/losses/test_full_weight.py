@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_dft.losses import registry
 from megatron_dft.losses.linear_head import linear_head_loss
-from megatron_dft.losses.report import END_PROB, loss_report
+from megatron_dft.losses.report import END_PROB, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_parallel import vocab_parallel_loss
 from tests.losses.reference import PARAMETERS, dense_loss, relative_error
@@ -150,3 +150,18 @@ def test_the_report_tells_the_probability_of_ends_apart():
     report = loss_report(None, -p.log(), nothing, nothing, mask, None, ends=ends)
     assert report[END_PROB].tolist() == pytest.approx([0.375, 2])
     assert END_PROB not in loss_report(None, -p.log(), nothing, nothing, mask, None)
+
+
+def test_the_probability_of_ends_is_that_of_all_ends_of_the_steps():
+    """A step may have none, and steps have unequally many."""
+    figures = StepFigures()
+    kinds = [[True, True, True], [False, False, False], [True, False, False]]
+    for step, kind in enumerate(kinds):
+        p = torch.tensor([[0.2, 0.4, 0.6]]) / (step + 1)
+        nothing = torch.zeros_like(p)
+        figures.add(*token_figures("dft", -p.log(), nothing, nothing, torch.ones(1, 3), None,
+                                   ends=torch.tensor([kind])))  # fmt: skip
+        figures.close_step(keep=True)
+    found, steps = figures.take(None)
+    assert steps == 3 and not [name for name in found if "number of" in name]
+    assert float(found[END_PROB]) == pytest.approx((0.2 + 0.4 + 0.6 + 0.2 / 3) / 4)

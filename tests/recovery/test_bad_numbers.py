@@ -13,15 +13,16 @@ def _spoil(step, change):
 
     from megatron_dft.step import loss as step_loss
 
-    plain = step_loss._token_loss
+    plain = step_loss.token_loss
 
     def token_loss(*args):
         loss, cross_entropy, weight = plain(*args)
-        if os.environ["RANK"] == "1" and get_args().curr_iteration == step - 1:
+        iteration = getattr(get_args(), "curr_iteration", None)  # none yet in the self-test
+        if os.environ["RANK"] == "1" and iteration == step - 1:
             loss, cross_entropy = change(loss, cross_entropy, args[0].loss_mask)
         return loss, cross_entropy, weight
 
-    step_loss._token_loss = token_loss
+    step_loss.token_loss = token_loss
 
 
 def _nan_loss_at_step_1():

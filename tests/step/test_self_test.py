@@ -1,47 +1,11 @@
 """The start-up self-test: green for every objective in its route, red where its weight is lost."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from megatron_dft.losses import registry, weighting
+from megatron_dft.losses import weighting
 from tests.ranks import run_ranks
-
-VOCABULARY, HIDDEN = 300, 32
-KL = [name for name, entry in registry.OBJECTIVES.items() if "kl" in entry.needs]
-CASES = {name: (name, {}, 0.0) for name in registry.OBJECTIVES} | {
-    "iw-sft by conversation": ("iw-sft", dict(level="sequence"), 0.0),
-    "dft and a KL": ("dft", {}, 0.3),
-}
-
-
-def _model(objective, sequence_parallel):
-    """The parts of a GPTModel that the self-test touches, with Megatron's own cross entropy."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    from megatron_dft.step.logits_probe import LogitsProbe
-
-    group = mpu.get_tensor_model_parallel_group()
-
-    def compute_language_model_loss(labels, logits):
-        loss = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous(), 0.0, group)
-        return loss.transpose(0, 1).contiguous()
-
-    model = SimpleNamespace(
-        pg_collection=SimpleNamespace(tp=group),
-        config=SimpleNamespace(cross_entropy_loss_fusion=False, hidden_size=HIDDEN),
-        output_layer=SimpleNamespace(
-            output_size_per_partition=VOCABULARY // group.size(),
-            sequence_parallel=sequence_parallel,
-        ),
-        parameters=lambda: iter([torch.zeros(1, device="cuda")]),
-        compute_language_model_loss=compute_language_model_loss,
-        training=True,
-    )
-    LogitsProbe(model, objective)
-    return model
+from tests.step.stand_in import CASES, run
 
 
 def _break(how):
@@ -72,47 +36,18 @@ def _break(how):
         linear_recompute.linear_gradients = linear_gradients
 
 
-def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False):
+def _run(cases, chunked, dtype=torch.float32, packing=True, how=None, cp=1, sp=False, own=False):
     from megatron_dft.cpu import runtime
 
     runtime.activate()
     _break(how)
-    return run(cases, chunked, dtype, packing, cp, sp)
+    return run(cases, chunked, dtype, packing, cp, sp, own)
 
 
-def run(cases, chunked, dtype, packing=True, cp=1, sp=False):
-    """case → the self-test's error, or the message with which it ends the run."""
-    from megatron.core import parallel_state as mpu
-
-    from megatron_dft.step import chunked_head
-    from megatron_dft.step.self_test import SelfTest
-
-    world = torch.distributed.get_world_size()
-    if not mpu.model_parallel_is_initialized():
-        mpu.initialize_model_parallel(
-            tensor_model_parallel_size=world // cp, context_parallel_size=cp
-        )
-    found = {}
-    for case in cases:
-        name, parameters, kl_coeff = CASES[case]
-        objective = registry.get(name, **parameters)
-        settings = SimpleNamespace(objective=objective, vocab_size=VOCABULARY)
-        chunked_head.settings = lambda s=settings: s
-        chunked_head.get_args = lambda: SimpleNamespace(loss_chunk_size=7)
-        test = SelfTest(_model(objective, sp), objective, VOCABULARY, dtype, packing, kl_coeff)
-        try:
-            found[case] = test.run(chunked)
-        except RuntimeError as error:
-            found[case] = str(error)
-    return found
-
-
-ROUTE_2 = [case for case, (name, _, kl) in CASES.items() if name not in KL and not kl]
-
-
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_objective_in_route_1(packing):
-    for rank in run_ranks(_run, 2, list(CASES), False, packing=packing):
+def test_every_objective_in_route_1(packing, own):
+    for rank in run_ranks(_run, 2, list(CASES), False, packing=packing, own=own):
         assert all(isinstance(error, float) and error < 1e-5 for error in rank.values()), rank
 
 
@@ -123,20 +58,19 @@ def test_every_objective_over_context_ranks_and_in_bf16():
 
 @pytest.mark.parametrize(("ranks", "sp"), [(1, False), (2, True)])
 def test_every_objective_in_route_2(ranks, sp):
-    for rank in run_ranks(_run, ranks, ROUTE_2, True, sp=sp):
+    for rank in run_ranks(_run, ranks, list(CASES), True, sp=sp):
         assert all(isinstance(error, float) and error < 1e-4 for error in rank.values()), rank
 
 
 def test_every_objective_in_route_2_in_bf16():
-    (rank,) = run_ranks(_run, 1, ROUTE_2, True, torch.bfloat16, packing=False)
+    (rank,) = run_ranks(_run, 1, list(CASES), True, torch.bfloat16, packing=False)
     assert all(isinstance(error, float) for error in rank.values()), rank
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_red_for_each_objective_whose_weight_is_dropped(chunked):
-    cases = ROUTE_2 if chunked else list(CASES)
     # At two ranks, so that the chunked head takes the weight from autograd.
-    for rank in run_ranks(_run, 2, cases, chunked, how="weight"):
+    for rank in run_ranks(_run, 2, list(CASES), chunked, how="weight"):
         for case, outcome in rank.items():
             if case == "sft":  # has none
                 assert isinstance(outcome, float)
@@ -150,8 +84,9 @@ def test_red_where_a_gradient_of_the_head_is_lost(how):
         assert all("self-test failed" in str(outcome) for outcome in rank.values()), rank
 
 
-def test_red_where_the_gradient_of_the_kl_is_lost():
-    (rank,) = run_ranks(_run, 1, ["asft", "dft and a KL", "dft"], False, how="kl")
+@pytest.mark.parametrize("own", [False, True])
+def test_red_where_the_gradient_of_the_kl_is_lost(own):
+    (rank,) = run_ranks(_run, 1, ["asft", "dft and a KL", "dft"], False, how="kl", own=own)
     assert "self-test failed" in str(rank["asft"]) and "self-test failed" in str(
         rank["dft and a KL"]
     )

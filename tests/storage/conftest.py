@@ -1,4 +1,4 @@
-"""The tiny model and chats of the training tests, and a checkpoint that training wrote."""
+"""A checkpoint that training wrote."""
 
 import pytest
 

@@ -5,8 +5,8 @@ seed is fixed; the short runs are a slice of the slow ones.
 """
 
 import functools
+import hashlib
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -266,6 +266,7 @@ def _scores(directory):
     ReferenceScores(directory)
 
 
+ARRAYS = {"tokens.u32": 0, "offsets.i64": 8, "rows.i64": 0, "files.i32": 0}
 # file -> (what reads it, what it holds)
 SMALL = {
     "megatron_dft.json": (
@@ -278,7 +279,11 @@ SMALL = {
         {
             "paths": ["x"],
             "counts": {"rows": 1},
-            "bytes": {"tokens.u32": 0, "offsets.i64": 8, "rows.i64": 0, "files.i32": 0},
+            "bytes": ARRAYS,
+            "sha256": {
+                name: hashlib.sha256(bytes(size)).hexdigest() for name, size in ARRAYS.items()
+            },
+            "largest_id": -1,
         },
     ),
     "data_fingerprint.json": (_fingerprint, _DATA),
@@ -304,7 +309,7 @@ def test_small_files(name, examples, tmp_path):
 
     read, value = SMALL[name]
     file = tmp_path / (fingerprint.FILE_NAME if read is _fingerprint else name)
-    for array, size in {"tokens.u32": 0, "offsets.i64": 8, "rows.i64": 0, "files.i32": 0}.items():
+    for array, size in ARRAYS.items():
         (tmp_path / array).write_bytes(bytes(size))
     (tmp_path / "scores.f32").write_bytes(bytes(4))
     text = json.dumps(value).encode()
@@ -319,13 +324,13 @@ def test_small_files(name, examples, tmp_path):
 
 
 @pytest.mark.parametrize("examples", LENGTHS)
-def test_notes_of_hashes(examples, tmp_path):
+def test_notes_of_hashes(examples, tmp_path, monkeypatch):
     """A damaged note never gives another hash, and never an error."""
     from megatron_dft.data import cache
 
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
-    os.utime(data, (1e9, 1e9))  # long ago: it is settled
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
     right = cache.content_hash(data, tmp_path)
     (note,) = (tmp_path / "hashes").iterdir()
     text = note.read_bytes()

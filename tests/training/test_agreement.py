@@ -86,6 +86,7 @@ def _compare():
     from megatron_dft.training import agreement
 
     rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = "0"  # a node each
     found = {}
     for what in WHAT:
         differs = {name: rank == 2 and name == what for name in WHAT}
