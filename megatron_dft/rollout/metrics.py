@@ -6,7 +6,8 @@
 
 pass@1 and maj@k are shares of prompts: Wilson's score interval (1927). Avg@k is a mean over
 prompts: percentiles of the mean over prompts drawn with replacement (Efron's bootstrap), which
-takes the samples of one prompt as they are, together.
+takes the samples of one prompt as they are, together. Where all samples are right, or none,
+resampling shows no spread; then Wilson's interval of that many prompts stands in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -50,7 +51,11 @@ def pass_at_1(prompts: Sequence[Scored]) -> Estimate:
 
 
 def average_at_k(prompts: Sequence[Scored], seed: int = 0) -> Estimate:
-    return bootstrap(np.array([np.mean(p.right) for p in prompts]), seed)
+    found = bootstrap(np.array([np.mean(p.right) for p in prompts]), seed)
+    if found.value not in (0, 1):
+        return found
+    bounds = wilson(int(found.value) * len(prompts), len(prompts))
+    return replace(found, low=bounds.low, high=bounds.high)
 
 
 def majority_at_k(prompts: Sequence[Scored]) -> Estimate:
@@ -100,7 +105,11 @@ def estimate(value: float, resampled: np.ndarray) -> Estimate:
 def mean_of(sets: Sequence[Estimate]) -> Estimate:
     """The plain mean over sets, each resampled by itself."""
     value = sum(e.value for e in sets) / len(sets)
-    return estimate(value, np.mean([e.resampled for e in sets], axis=0))
+    found = estimate(value, np.mean([e.resampled for e in sets], axis=0))
+    if found.high > found.low or value not in (0, 1):
+        return found
+    low, high = sum(e.low for e in sets), sum(e.high for e in sets)
+    return replace(found, low=low / len(sets), high=high / len(sets))
 
 
 def difference(after: Estimate, before: Estimate) -> Estimate:

@@ -50,7 +50,7 @@ class Skips:
         self.first.setdefault(kind, where)
 
     def __str__(self) -> str:
-        return "; ".join(f"{n} {k} (first: {self.first[k]})" for k, n in self.counts.items())
+        return "; ".join(f"{n:,} × {k} (first: {self.first[k]})" for k, n in self.counts.items())
 
     def record(self) -> dict[str, Any]:
         return {k: {"count": n, "first": self.first[k]} for k, n in self.counts.items()}

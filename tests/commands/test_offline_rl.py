@@ -77,7 +77,7 @@ def test_sample_verify_and_the_rows_that_train(prompts, tmp_path, capsys):
     assert len(rewards) == 48  # nothing sampled is lost
     silent = sum(s["seed"] % 4 == 2 for s in samples)
     said = capsys.readouterr().out
-    assert f"{silent} sample without the marker" in said
+    assert f"{silent} × sample without the marker" in said
     assert f"{len(rows)} rows of" in said
 
 
@@ -88,7 +88,7 @@ def test_nothing_to_train_on_is_one_line_and_keeps_the_rewards(prompts, tmp_path
     bad = ("--verifier", "exact", "--marker", "####")
     assert command("verify", tmp_path / "s", *bad, "--out", tmp_path / "k.jsonl") == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and "no sample is left to train on: 48 not correct" in error
+    assert error.count("\n") == 0 and "no sample is left to train on: 48 × not correct" in error
     assert len(lines(tmp_path / "k.rewards.jsonl")) == 48 and not (tmp_path / "k.jsonl").exists()
     assert command("verify", tmp_path / "s", *verifier, "--out", tmp_path / "k.jsonl") == 0
 
@@ -111,7 +111,7 @@ def test_missing_samples_give_status_1(prompts, tmp_path, capsys):
     with serving(behave) as server:
         assert sampled(prompts, tmp_path / "s", server.url) == 1
     error = capsys.readouterr().err
-    assert "6 answer refused with HTTP 400" in error and "6 samples are missing" in error
+    assert "6 × answer refused with HTTP 400" in error and "6 samples are missing" in error
     summary = json.loads((tmp_path / "s" / "summary.0-of-1.json").read_text())
     assert summary["missing"] == 6 and summary["samples"] == 42
 

@@ -85,7 +85,7 @@ def test_one_prompt_that_the_server_refuses_costs_that_prompt_alone(tmp_path):
         outcome = draw(server, tmp_path)
         assert server.asked == 12  # a refusal is not asked again
     assert outcome.samples == 10 and outcome.missing == 2
-    assert str(outcome.faults) == "2 answer refused with HTTP 400 (first: f:4)"
+    assert str(outcome.faults) == "2 × answer refused with HTTP 400 (first: f:4)"
 
 
 def test_answers_that_end_otherwise_are_counted_not_stored(tmp_path):

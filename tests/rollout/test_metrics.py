@@ -60,6 +60,12 @@ def test_samples_of_one_prompt_are_not_independent():
     assert found.high - found.low > 0.35  # as 400 independent samples it would be 0.10
 
 
+def test_nothing_right_is_no_certainty():
+    found = metrics.average_at_k([Scored([False] * 4, [None] * 4)] * 20)
+    assert (found.value, found.low, round(found.high, 4)) == (0, 0, 0.1611)
+    assert metrics.mean_of([found, found]).high == found.high
+
+
 def test_differences_are_paired():
     before = np.random.default_rng(2).random(50)
     gain = metrics.difference(metrics.bootstrap(before + 0.1), metrics.bootstrap(before))

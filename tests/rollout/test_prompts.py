@@ -94,5 +94,5 @@ def test_columns_that_say_nothing_are_refused(item):
 
 
 def test_no_usable_row_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no row can be used: 1 row without a prompt column"):
+    with pytest.raises(ValueError, match="no row can be used: 1 × row without a prompt column"):
         read(write(tmp_path / "p.jsonl", [{"x": 1}]))

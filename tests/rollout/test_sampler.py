@@ -146,7 +146,7 @@ def test_a_prompt_longer_than_the_model_is_counted(model, tmp_path):
     long = Prompt(9, [{"role": "user", "content": "y" * 200}], None, "f:10")
     outcome = draw_samples(tmp_path, [*PROMPTS, long], 2, DECODING, backend(model))
     assert outcome.samples == 10 and outcome.missing == 0
-    assert "1 prompt that leaves no room for --max-tokens 8 in 128 (first: f:10)" in str(
+    assert "1 × prompt that leaves no room for --max-tokens 8 in 128 (first: f:10)" in str(
         outcome.skips
     )
 
