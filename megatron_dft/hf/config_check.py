@@ -40,6 +40,8 @@ _ROPE = (
     "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
 )  # fmt: skip
+# Kinds of rope that one factor scales.
+_SCALED = ("linear", "llama3", "yarn")
 
 
 def check_settings(checkpoint: HFCheckpoint) -> None:
@@ -102,7 +104,8 @@ def _wrong_rope(where: str, rope: Any) -> Iterator[tuple[str, Any, str]]:
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str):
         yield f"{where}.rope_type", kind, "a word"
-    needed = ("rope_theta",) if kind == "default" else ("rope_theta", "factor")
+    # Other kinds are refused by name where the flags are made (config.py).
+    needed = ("rope_theta", "factor") if kind in _SCALED else ("rope_theta",)
     for key in _ROPE:
         value = rope.get(key)
         if (value is not None or key in needed) and not _is_positive(value):

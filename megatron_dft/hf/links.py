@@ -30,6 +30,7 @@ def check(root: Path, file: Path) -> None:
 def copy(root: Path, file: Path, target: Path) -> None:
     """Copy a file of the model directory `root`; raises as `check` does."""
     check(root, file)
-    # Not through a link that came to stand at the target either.
+    # Not through a link that came to stand at the target; another writer's file gives way.
+    target.unlink(missing_ok=True)
     with file.open("rb") as source, target.open("xb") as copied:
         shutil.copyfileobj(source, copied)

@@ -190,7 +190,8 @@ def test_layouts_that_do_not(layout, named, tiny):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_six_heads_in_three_groups_do_not_divide_among_two(tiny):
-    checkpoint = tiny("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+def test_six_heads_in_three_groups_do_not_divide_among_two(tmp_path):
+    sizes = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    checkpoint = open_checkpoint(make_tiny("llama", tmp_path / "six", **sizes))
     with pytest.raises(ValueError, match="3 key-value heads"):
         check_layout(checkpoint, tensor_parallel=2)
