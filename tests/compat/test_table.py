@@ -13,6 +13,7 @@ from tests.train.launch import flags
 ELSEWHERE = {
     "torch.cuda:current_device",  # offline conversion
     "megatron.core.models.gpt.gpt_model:process_mtp_loss",  # --mtp-num-layers
+    "megatron.training.checkpointing:_load_base_checkpoint",  # --load
     # on a GPU
     "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
     "megatron.core.models.gpt.gpt_layer_specs:LNImpl",

@@ -57,6 +57,29 @@ def test_sums_of_a_micro_batch():
     }
 
 
+def test_the_loss_of_each_source():
+    """Over several steps, one of which has no token of one source."""
+    figures, total, count = StepFigures(), [0.0, 0.0], [0, 0]
+    for step in range(3):
+        given = _micro_batch(step)
+        cross_entropy, mask = given[0], given[3]
+        draw = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 2, mask.shape, generator=draw).to(torch.int16)
+        if step == 1:
+            ids.zero_()
+        ids[mask == 0] = -1
+        figures.add(*token_figures("dft", *given, None, sources=(ids, ["a.jsonl", "b"])))
+        figures.close_step(keep=True)
+        for number in range(2):
+            total[number] += float(cross_entropy[ids == number].sum())
+            count[number] += int((ids == number).sum())
+    found, _ = figures.take(None)
+    for number, name in enumerate(["a.jsonl", "b"]):
+        expected = total[number] / count[number]
+        assert abs(float(found[f"lm loss of {name}"]) - expected) < 1e-5
+    assert not [name for name in found if name.startswith("number of")]
+
+
 def _steps(rank_count):
     """Two kept steps of two micro-batches a rank and a skipped one between them, read at once."""
     rank = torch.distributed.get_rank()

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_dft.flags.route import LossRoute
 from megatron_dft.flags.settings import Settings, set_settings
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.losses import registry
 from megatron_dft.recovery import resume
 from megatron_dft.training.identity import model_identity, run_identity
 from tests.hf.tiny import make_tiny
+
+_NO_ROUTE = LossRoute(head=False, own=False, memory=None, row_filter=None, line="")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def models(tmp_path_factory):
 
 
 def identity(model, reference=None):
-    set_settings(Settings(registry.get("sft"), model, 259, reference))
+    set_settings(Settings(registry.get("sft"), model, 259, _NO_ROUTE, reference))
     return run_identity()
 
 
@@ -77,5 +80,5 @@ def test_words_of_the_config_that_say_nothing_are_no_change(models, tmp_path):
     assert one["model"]["weights"] == two["model"]["weights"]
     args = SimpleNamespace(bf16=False, fp16=False, load=None)
     other = model_identity(args)
-    set_settings(Settings(registry.get("sft"), models["a"], 259))
+    set_settings(Settings(registry.get("sft"), models["a"], 259, _NO_ROUTE))
     assert model_identity(args)["weights"] != other["weights"]

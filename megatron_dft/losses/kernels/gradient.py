@@ -115,8 +115,7 @@ def gradient_kernel(
             if EXACT:
                 x = tl.where(columns == column, tl.load(exact + row), x)
             d = _value(x, y, columns, column, M, log_sum, a, b, c, g, MR, k, MIXED, KL)
-            # Padding takes no probability: its gradient is 0 whatever its logits are.
-            d = tl.where(columns < vocab, d, 0.0)
+            # Padding is read as −inf: it has no probability and no gradient.
             tl.store(into, d.to(out.dtype.element_ty), mask=columns < width)
 
 
