@@ -78,7 +78,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """One table: a row a checkpoint, a column a set; percent with the 95 % interval."""
     labels, sets = list(result["scores"]), list(next(iter(result["scores"].values())))
     names = [n for n, v in result["scores"][labels[0]][sets[0]].items() if isinstance(v, dict)]
-    names = [names[1]] if _is_one_sample(names) else names
+    names = names[:1] if _is_one_sample(names) else names
     for name in names:
         table = Table(title=f"{name}, % [95 % interval]")
         for column in ("", *sets):
