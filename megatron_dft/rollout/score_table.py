@@ -62,8 +62,9 @@ def as_json(
             s: {**{n: e.record() for n, e in found.items()}, **notes[label][s]}
             for s, found in sets.items()
         }
-        mean = metrics.mean_of([found[name] for found in sets.values()])
-        result["scores"][label]["mean"] = {name: mean.record()}
+        if len(sets) > 1:
+            mean = metrics.mean_of([found[name] for found in sets.values()])
+            result["scores"][label]["mean"] = {name: mean.record()}
     for earlier, later in combinations(labels, 2):
         before, after = scores[earlier], scores[later]
         gains = {s: metrics.difference(after[s][name], before[s][name]) for s in after}
@@ -77,7 +78,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """One table: a row a checkpoint, a column a set; percent with the 95 % interval."""
     labels, sets = list(result["scores"]), list(next(iter(result["scores"].values())))
     names = [n for n, v in result["scores"][labels[0]][sets[0]].items() if isinstance(v, dict)]
-    names = [names[1]] if _is_one_sample(names) else names
+    names = names[:1] if _is_one_sample(names) else names
     for name in names:
         table = Table(title=f"{name}, % [95 % interval]")
         for column in ("", *sets):
@@ -109,8 +110,8 @@ def picture(result: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     labels, sets = list(result["scores"]), list(next(iter(result["scores"].values())))
-    name = next(iter(result["scores"][labels[0]]["mean"]))
-    sets = sets if len(sets) > 2 else sets[:1]  # the mean of one set says nothing
+    first = result["scores"][labels[0]][sets[0]]
+    name = next(n for n in first if n.startswith("avg@"))
     figure = Figure(figsize=(max(6.0, 1.6 + 1.5 * len(sets)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

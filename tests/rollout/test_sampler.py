@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 from collections import Counter
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,14 @@ def test_a_choice_has_the_probability_of_its_logit():
     assert 2 not in found
     for token, p in enumerate(wanted.tolist()):
         assert abs(found[token] / count - p) < 4 * math.sqrt(p * (1 - p) / count) + 1e-12
+
+
+def test_the_ends_of_the_unit_interval_draw_no_impossible_token():
+    """At 0 the first possible token, just below 1 the last one."""
+    logits = torch.tensor([[float("-inf"), 0.0, 3.0, 0.0, float("-inf")]] * 2)
+    choose = SeededChoice([0, 0])
+    choose._rows = [SimpleNamespace(random=lambda: 0.0), SimpleNamespace(random=lambda: 1 - 2**-53)]
+    assert choose(torch.empty(2, 0), logits).argmax(-1).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])  # gemma3: sliding windows
@@ -102,9 +112,11 @@ def _die_in_the_third_batch(model, directory):
         nonlocal batches
         batches += 1
         if batches == 3:
-            # As if the kill came while a line was being written.
+            # As if the kill came while the batch was being written: one line, and half of the next.
+            ((draw, answer), *_) = next(generate(draws))
+            line = {"prompt": draw.prompt.number, "sample": draw.sample, "seed": draw.seed}
             with open(directory / "samples.0-of-1.jsonl", "ab") as file:
-                file.write(b'{"prompt": 0, "sam')
+                file.write(json.dumps(line | asdict(answer)).encode() + b'\n{"prompt": 0, "sam')
             os.kill(os.getpid(), signal.SIGKILL)
         yield from generate(draws)
 
@@ -121,7 +133,7 @@ def test_killed_and_resumed_gives_the_same_set(model, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     outcome = draw_samples(killed, PROMPTS, 3, DECODING, backend(model))
-    assert (outcome.kept, outcome.samples, outcome.missing) == (8, 7, 0)
+    assert (outcome.kept, outcome.samples, outcome.missing) == (9, 6, 0)
     lines = (killed / "samples.0-of-1.jsonl").read_text().splitlines()
     assert len(lines) == 15  # nothing twice
     assert read_samples(killed) == read_samples(unbroken)
