@@ -44,6 +44,7 @@ setup(
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron's torch_dist writer imports it without declaring it
         "rich>=13",
+        "httpx>=0.27",  # `megatron-dft sample` from an endpoint
         "tensorboard>=2.15",  # without it Megatron ignores --tensorboard-dir
     ],
     extras_require={
