@@ -68,10 +68,13 @@ def child_tokenizer(path: Path, tokenizer, work: Path) -> dict:
 
 def child_prepare(path: Path, tokenizer, work: Path) -> dict:
     from megatron_dft.data.dataset import build_dataset
+    from megatron_dft.data.options import DatasetOptions
 
     begin, cpu = time.perf_counter(), _cpu_seconds()
     data = build_dataset(
-        [path], tokenizer, seq_length=SEQ_LENGTH, overlong="drop", cache_dir=work / "cache"
+        [path],
+        tokenizer,
+        DatasetOptions(seq_length=SEQ_LENGTH, overlong="drop", cache_dir=work / "cache"),
     )
     return {
         "seconds": time.perf_counter() - begin,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dft.data.dataset import ChatDataset, build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, notes, tokenised
 from megatron_dft.data.show import Shown, as_html, print_shown, runs, visible
 from megatron_dft.data.sources import parse_sources
@@ -156,7 +157,7 @@ def _build(
     tries = [settings | {"vocab_size": vocab_size}, settings, settings | {"overlong": "drop"}]
     for attempt in tries:
         try:
-            return build_dataset(items, tokenizer, **attempt), refusals
+            return build_dataset(items, tokenizer, DatasetOptions(**attempt)), refusals
         except ValueError as error:
             if str(error) not in refusals:
                 refusals.append(str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_dft.data.held_out import held_out
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.order import EpochOrder
-from megatron_dft.data.overlong import OVERLONG, Conversations
+from megatron_dft.data.overlong import Conversations
 from megatron_dft.data.prepare import PrepareOptions, prepare
 from megatron_dft.data.reference_scores import ReferenceScores
 from megatron_dft.data.row_plan import RowPlan, pack_granularity
@@ -91,32 +92,7 @@ class ChatDataset(Dataset):
 
 
 def build_dataset(
-    sources: Sequence[str | os.PathLike[str]],
-    tokenizer: Any,
-    *,
-    seq_length: int,
-    num_samples: int | None = None,
-    seed: int = 0,
-    packing: bool = True,
-    pad_multiple: int = 1,
-    overlong: str = "refuse",
-    errors: str = "strict",
-    max_bad_rows: float = 0.001,
-    cache_dir: str | os.PathLike[str] | None = None,
-    data_format: str | None = None,
-    shuffle: bool = True,
-    batch_multiple: int = 1,
-    template_args: Mapping[str, Any] | None = None,
-    template_date: str | None = None,
-    rewrites: str = "per-turn",
-    drops: str = "refuse",
-    workers: int | None = None,
-    progress: bool = False,
-    flag: str = "--train-data",
-    reference_scores: str | os.PathLike[str] | None = None,
-    vocab_size: int | None = None,
-    valid_share: float = 0.0,
-    held_out_part: bool = False,
+    sources: Sequence[str | os.PathLike[str]], tokenizer: Any, options: DatasetOptions
 ) -> ChatDataset:
     """Tokenises (or finds in the cache) and orders a data set.
 
@@ -124,105 +100,87 @@ def build_dataset(
         sources: paths or hub names, all or none with a weight: `["0.7:a.jsonl", "0.3:b.parquet"]`;
             also `cap=1000:a.jsonl` and `epochs=2:b.parquet` (sources.parse_sources).
         tokenizer: a transformers fast tokenizer with a chat template (tokenizer.load_tokenizer).
-        seq_length: positions in a row, Megatron's --seq-length.
-        num_samples: how many samples training will take; the order does not depend on it. None
-            for one pass.
-        packing: several conversations a row; otherwise one a row, padded.
-        pad_multiple: positions each conversation is padded to: 2 × context-parallel size with
-            context parallelism, else 1.
-        overlong: "refuse", "drop" or "truncate" (at the end of an assistant turn) conversations
-            that do not fit.
-        errors: "strict" stops at the first bad row; "skip" leaves out up to max_bad_rows.
-        shuffle: False for validation: each conversation once, in file order; a pass is filled up
-            to batch_multiple (the global batch size) with rows that do not count.
-        cache_dir: where the tokenised data is kept; None keeps it in memory.
-        workers: tokenising processes; None for one a core.
-        flag: the command line flag that errors name.
-        reference_scores: directory of a reference model's log-probabilities of these conversations
-            (reference_scores.py); rows then carry them.
-        vocab_size: rows of the model's embedding, which every id has to be one of; None where there
-            is no model.
-        valid_share: this share of each source's rows is held out; held_out_part: the data set is
-            the held-out part, else the rest. One call with each makes a training and a validation
-            set of the same sources.
 
     Raises ValueError with one line for every fault of the data or of the settings.
     """
-    if seq_length < 1 or pad_multiple < 1 or seq_length % pad_multiple:
-        raise ValueError(
-            f"--seq-length {seq_length} must be a multiple of {pad_multiple} (2 × "
-            "--context-parallel-size), which each packed conversation is padded to"
-        )
-    if overlong not in OVERLONG:
-        raise ValueError(f"--overlong {overlong!r}: expected one of {', '.join(OVERLONG)}")
-    parsed = parse_sources(sources, flag)
+    parsed = parse_sources(sources, options.flag)
     weights = [s.weight for s in parsed if s.weight is not None] or None
     mixed = any(s.cap is not None or s.epochs is not None for s in parsed)
-    if (weights or mixed) and not shuffle and not held_out_part:
+    if (weights or mixed) and not options.shuffle and not options.held_out_part:
         raise ValueError(
-            f"{flag}: weights mean nothing here, where each conversation is read once; drop them"
+            f"{options.flag}: weights mean nothing here, where each conversation is read once; "
+            "drop them"
         )
     spec = encoder_spec(
         tokenizer,
-        template_args=template_args,
-        template_date=template_date,
-        rewrites=rewrites,
-        drops=drops,
+        template_args=options.template_args,
+        template_date=options.template_date,
+        rewrites=options.rewrites,
+        drops=options.drops,
     )
-    options = PrepareOptions(
-        data_format, errors, max_bad_rows, cache_dir, workers, progress, vocab_size
+    stores = prepare(
+        parsed,
+        spec,
+        PrepareOptions(
+            options.data_format,
+            options.errors,
+            options.max_bad_rows,
+            options.cache_dir,
+            options.workers,
+            options.progress,
+            options.vocab_size,
+        ),
     )
-    stores = prepare(parsed, spec, options)
-    chosen = _part(stores, valid_share, held_out_part)
-    conversations = Conversations(stores, seq_length, overlong, chosen)
+    chosen = _part(stores, options.valid_share, options.held_out_part)
+    conversations = Conversations(stores, options.seq_length, options.overlong, chosen)
     order = EpochOrder(
         conversations.sizes(),
-        weights if shuffle else None,
-        seed,
+        weights if options.shuffle else None,
+        options.seed,
         [s.cap for s in parsed],
         [s.epochs for s in parsed],
     )
-    if shuffle:
-        _check_counts(parsed, order.counts(), flag)
-    granularity = pack_granularity(pad_multiple) if packing else 1
+    if options.shuffle:
+        _check_counts(parsed, order.counts(), options.flag)
+    granularity = pack_granularity(options.pad_multiple) if options.packing else 1
     identity: dict[str, Any] = {
         "sources": [s.meta["parts"] for s in stores],
         "weights": weights,
-        "seed": seed,
-        "seq_length": seq_length,
-        "overlong": overlong,
-        "packing": packing,
+        "seed": options.seed,
+        "seq_length": options.seq_length,
+        "overlong": options.overlong,
+        "packing": options.packing,
         "pack_granularity": granularity,
     }
     # Absent where they are not used, as in what earlier runs have recorded.
     if mixed:
         identity["mixture"] = [[s.cap, s.epochs] for s in parsed]
-    if valid_share:
-        identity["valid_share"] = valid_share
-        identity["held_out_part"] = held_out_part
+    if options.valid_share:
+        identity["valid_share"] = options.valid_share
+        identity["held_out_part"] = options.held_out_part
     scores = None
-    if reference_scores is not None:
-        scores = ReferenceScores(reference_scores).attach(conversations, identity)
+    if options.reference_scores is not None:
+        scores = ReferenceScores(options.reference_scores).attach(conversations, identity)
     plan = RowPlan(
         order,
         conversations.lengths() - 1,  # the last token of each is a label only
-        seq_length=seq_length,
-        packing=packing,
+        seq_length=options.seq_length,
+        packing=options.packing,
         granularity=granularity,
-        shuffle=shuffle,
-        seed=seed,
-        num_samples=num_samples,
-        batch_multiple=batch_multiple,
-        cache=None if cache_dir is None else Path(cache_dir) / "packs",
+        shuffle=options.shuffle,
+        seed=options.seed,
+        num_samples=options.num_samples,
+        batch_multiple=options.batch_multiple,
+        cache=None if options.cache_dir is None else Path(options.cache_dir) / "packs",
         cache_key=identity,
     )
     return ChatDataset(
         conversations,
         plan,
-        seq_length=seq_length,
-        pad_id=pad_token_id(tokenizer, vocab_size),
-        pad_multiple=pad_multiple,
-        packing=packing,
+        seq_length=options.seq_length,
+        pad_id=pad_token_id(tokenizer, options.vocab_size),
+        pad_multiple=options.pad_multiple,
+        packing=options.packing,
         identity=identity,
         scores=scores,
         sources=[s.name for s in parsed],

@@ -63,8 +63,9 @@ def token_figures(
         found["dft/kl"] = kl
     if ends is not None:
         found[END_PROB], found[_COUNT + END_PROB] = torch.where(ends, p, 0.0), ends
-    for number, name in enumerate(() if sources is None else sources[1]):
-        own = sources[0] == number
+    ids, names = sources if sources is not None else (mask, ())
+    for number, name in enumerate(names):
+        own = ids == number
         found[SOURCE + name] = torch.where(own, cross_entropy, 0.0)
         found[_COUNT + SOURCE + name] = own
     values = torch.stack([*(x.detach().float() for x in found.values()), torch.ones_like(p)])

@@ -7,6 +7,7 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
@@ -29,18 +30,20 @@ def build(
     return build_dataset(
         args.valid_data if flag == "--valid-data" else args.train_data,
         tokenizer,
-        seq_length=args.seq_length,
-        num_samples=num_samples,
-        seed=args.seed,
-        pad_multiple=2 * context if context > 1 else 1,
-        shuffle=shuffle,
-        batch_multiple=1 if shuffle else args.global_batch_size,
-        progress=progress,
-        flag=flag,
-        reference_scores=settings().reference_scores if flag == "--train-data" else None,
-        vocab_size=settings().vocab_size,
-        held_out_part=flag == "--valid-share",
-        **options,
+        DatasetOptions(
+            seq_length=args.seq_length,
+            num_samples=num_samples,
+            seed=args.seed,
+            pad_multiple=2 * context if context > 1 else 1,
+            shuffle=shuffle,
+            batch_multiple=1 if shuffle else args.global_batch_size,
+            progress=progress,
+            flag=flag,
+            reference_scores=settings().reference_scores if flag == "--train-data" else None,
+            vocab_size=settings().vocab_size,
+            held_out_part=flag == "--valid-share",
+            **options,
+        ),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
 GOOD = json.dumps({"messages": chat("What?", "This.")}).encode()
@@ -93,7 +94,7 @@ def test_strict_names_file_line_and_reason(tmp_path, name):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join([GOOD, GOOD, raw, GOOD, b""]))
     with pytest.raises(ValueError) as caught:
-        build_dataset([path], chatml_tokenizer(), seq_length=64, packing=False)
+        build_dataset([path], chatml_tokenizer(), DatasetOptions(seq_length=64, packing=False))
     message = str(caught.value)
     assert message.startswith(f"{path}:3: {reason}") and "\n" not in message
     assert message.endswith("leave bad rows out with --data-errors skip")
@@ -107,10 +108,12 @@ def test_skip_leaves_out_and_counts_up_to_the_limit(tmp_path):
         return build_dataset(
             [path],
             chatml_tokenizer(),
-            seq_length=64,
-            packing=False,
-            errors="skip",
-            max_bad_rows=limit,
+            DatasetOptions(
+                seq_length=64,
+                packing=False,
+                errors="skip",
+                max_bad_rows=limit,
+            ),
         )
 
     assert len(build(0.04)) == len(build(4)) == 96
@@ -127,7 +130,7 @@ def test_a_line_of_200_mb_is_refused_unread(tmp_path):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + GOOD + b"\n")
     with pytest.raises(ValueError, match=r"rows.jsonl:2: a line of more than 16 MiB"):
-        build_dataset([path], chatml_tokenizer(), seq_length=64, packing=False)
+        build_dataset([path], chatml_tokenizer(), DatasetOptions(seq_length=64, packing=False))
 
 
 def test_an_empty_file_and_a_file_of_blank_lines_are_refused(tmp_path):
@@ -135,7 +138,9 @@ def test_an_empty_file_and_a_file_of_blank_lines_are_refused(tmp_path):
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(ValueError, match="rows.jsonl: the file holds no rows"):
             build_dataset(
-                [tmp_path / "rows.jsonl"], chatml_tokenizer(), seq_length=64, packing=False
+                [tmp_path / "rows.jsonl"],
+                chatml_tokenizer(),
+                DatasetOptions(seq_length=64, packing=False),
             )
 
 
@@ -143,11 +148,11 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n\n" + b"{\n")
     with pytest.raises(ValueError, match="rows.jsonl:3: not JSON"):
-        build_dataset([path], chatml_tokenizer(), seq_length=64, packing=False)
+        build_dataset([path], chatml_tokenizer(), DatasetOptions(seq_length=64, packing=False))
 
 
 def test_a_second_source_is_named_too(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("u", "a")}])
     b = write_jsonl(tmp_path / "b.jsonl", [{"messages": chat("u")}])
     with pytest.raises(ValueError, match="b.jsonl:1: it has no assistant turn"):
-        build_dataset([a, b], chatml_tokenizer(), seq_length=64, packing=False)
+        build_dataset([a, b], chatml_tokenizer(), DatasetOptions(seq_length=64, packing=False))

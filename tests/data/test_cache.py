@@ -14,6 +14,7 @@ import pytest
 
 from megatron_dft.data import cache, prepare, verified, workers
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
@@ -145,7 +146,9 @@ def test_a_killed_tokenisation_leaves_nothing_that_looks_whole(tmp_path, tokeniz
     left = list((tmp_path / "c" / "tokens").glob(".*.partial"))
     assert len(left) == 1 and (left[0] / "tokens.u32").stat().st_size > 0
     assert not list((tmp_path / "c" / "tokens").glob("*/meta.json"))
-    data = build_dataset([path], tokenizer, seq_length=256, cache_dir=tmp_path / "c")
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=256, cache_dir=tmp_path / "c")
+    )
     assert len(data.conversations) == 50
     assert not list((tmp_path / "c" / "tokens").glob(".*.partial")), "swept up"
 
@@ -234,14 +237,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeyp
 def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", _rows(20))
     options = dict(seq_length=256, cache_dir=tmp_path / "c")
-    first = build_dataset([path], tokenizer, **options, seed=1)
+    first = build_dataset([path], tokenizer, DatasetOptions(**options, seed=1))
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
     for name in ("cache.write_whole", "verified.write_whole", "row_plan._save"):
         monkeypatch.setattr(f"megatron_dft.data.{name}", refuse)
-    again = build_dataset([path], tokenizer, **options, seed=2)
+    again = build_dataset([path], tokenizer, DatasetOptions(**options, seed=2))
     assert len(again.conversations) == len(first.conversations) and len(again) == len(first)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.tokenizer import load_tokenizer
 from tests.data.fixtures import CHATML_TEMPLATE, chat, chatml_tokenizer, write_jsonl
 
@@ -21,7 +22,7 @@ def _rows(count):
 
 def _unpacked(path, tokenizer, **options):
     options = {"seq_length": 64, "packing": False, **options}
-    return build_dataset([path], tokenizer, **options)
+    return build_dataset([path], tokenizer, DatasetOptions(**options))
 
 
 def test_a_row_is_the_templates_text_shifted_by_one(tmp_path, tokenizer):
@@ -83,7 +84,9 @@ def test_weights_set_the_share_of_each_source(tmp_path, tokenizer):
     a = write_jsonl(tmp_path / "a.jsonl", _rows(30))
     b = write_jsonl(tmp_path / "b.jsonl", _rows(10))
     data = build_dataset(
-        [f"0.25:{a}", f"0.75:{b}"], tokenizer, seq_length=64, packing=False, num_samples=120
+        [f"0.25:{a}", f"0.75:{b}"],
+        tokenizer,
+        DatasetOptions(seq_length=64, packing=False, num_samples=120),
     )
     members = [int(data.plan.members(i)[0]) for i in range(120)]
     assert sum(m < 30 for m in members[:40]) == 10 and sum(m >= 30 for m in members[:40]) == 30

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.fingerprint import FILE_NAME, check_resume, record
+from megatron_dft.data.options import DatasetOptions
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
 
@@ -18,7 +19,7 @@ def _rows(count):
 
 def _build(path, tokenizer, **options):
     options = {"seq_length": 64, "seed": 5} | options
-    return build_dataset([path], tokenizer, **options)
+    return build_dataset([path], tokenizer, DatasetOptions(**options))
 
 
 def _changed(tmp_path, path, tokenizer, **options):
@@ -52,11 +53,11 @@ def test_the_number_and_the_weights_of_sources_count(tmp_path, tokenizer):
     a = write_jsonl(tmp_path / "a.jsonl", _rows(20))
     b = write_jsonl(tmp_path / "b.jsonl", _rows(9))
     record(tmp_path, _build(a, tokenizer).identity)
-    two = build_dataset([f"1:{a}", f"2:{b}"], tokenizer, seq_length=64, seed=5)
+    two = build_dataset([f"1:{a}", f"2:{b}"], tokenizer, DatasetOptions(seq_length=64, seed=5))
     with pytest.raises(ValueError, match=r"had 1 items, has 2"):
         check_resume(tmp_path, two.identity, False)
     record(tmp_path, two.identity)
-    three = build_dataset([f"1:{a}", f"3:{b}"], tokenizer, seq_length=64, seed=5)
+    three = build_dataset([f"1:{a}", f"3:{b}"], tokenizer, DatasetOptions(seq_length=64, seed=5))
     with pytest.raises(ValueError, match=r"weights of --train-data was \[1.0, 2.0\], is \[1.0, 3"):
         check_resume(tmp_path, three.identity, False)
 

@@ -6,6 +6,7 @@ import pytest
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.fingerprint import differences
 from megatron_dft.data.held_out import held_out
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.sources import parse_sources
 from tests.data.families import FAMILIES
 from tests.data.fixtures import chat, chatml_tokenizer, prepare_file, write_jsonl
@@ -27,7 +28,7 @@ def files(tmp_path):
 
 def _build(items, tokenizer, **options):
     options = {"seq_length": 64, "packing": False, "num_samples": 300, **options}
-    return build_dataset(items, tokenizer, **options)
+    return build_dataset(items, tokenizer, DatasetOptions(**options))
 
 
 def _drawn(data, epoch_rows, epochs):
@@ -59,19 +60,21 @@ def test_a_cap_bounds_a_share_and_gives_nothing_to_the_others(files, tokenizer):
 def test_the_same_rows_in_every_layout_and_at_every_resume(files, tokenizer):
     items = [f"cap=12:{files[0]}", f"epochs=1.5:{files[1]}", files[2]]
     packed = [
-        build_dataset(items, tokenizer, seq_length=96, num_samples=n, pad_multiple=pad, seed=3)
+        build_dataset(
+            items, tokenizer, DatasetOptions(seq_length=96, num_samples=n, pad_multiple=pad, seed=3)
+        )
         for n, pad in ((200, 1), (60, 4), (200, 8))
     ]
     rows = [[d.plan.members(i).tolist() for i in range(60)] for d in packed]
     assert rows[0] == rows[1] == rows[2] and packed[0].identity == packed[2].identity
-    late = build_dataset(items, tokenizer, seq_length=96, num_samples=200, seed=3)
+    late = build_dataset(items, tokenizer, DatasetOptions(seq_length=96, num_samples=200, seed=3))
     assert [late.plan.members(i).tolist() for i in range(59, 40, -1)] == rows[0][59:40:-1]
 
 
 @pytest.mark.parametrize("packing, pad_multiple", [(True, 1), (True, 8), (False, 1)])
 def test_every_token_says_which_source_it_is_of(files, tokenizer, packing, pad_multiple):
     data = build_dataset(
-        files, tokenizer, seq_length=96, packing=packing, pad_multiple=pad_multiple
+        files, tokenizer, DatasetOptions(seq_length=96, packing=packing, pad_multiple=pad_multiple)
     )
     assert data.sources == files
     seen = np.zeros(3, dtype=int)
@@ -84,7 +87,7 @@ def test_every_token_says_which_source_it_is_of(files, tokenizer, packing, pad_m
             seen[source] += text.count(letter)
         assert (row["loss_mask"][row["source_ids"] < 0] == 0).all()
     assert seen.tolist() == [30, 10, 20]
-    assert "source_ids" not in build_dataset(files[:1], tokenizer, seq_length=96)[0]
+    assert "source_ids" not in build_dataset(files[:1], tokenizer, DatasetOptions(seq_length=96))[0]
 
 
 @pytest.mark.parametrize(

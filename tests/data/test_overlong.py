@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.overlong import Conversations, fit_conversations, last_whole_turn
 from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import Block, TokenStore
@@ -88,7 +89,9 @@ def test_nothing_left_is_refused():
 def test_truncated_rows_train_whole_turns_only(tmp_path, packing):
     tokenizer = chatml_tokenizer()
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("q", "one", "r", "two " * 60)}])
-    data = build_dataset([path], tokenizer, seq_length=64, overlong="truncate", packing=packing)
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=64, overlong="truncate", packing=packing)
+    )
     row = data[0]
     assert tokenizer.decode(row["labels"][row["loss_mask"].bool()]) == "one<|im_end|>"
     assert data.counts["overlong_truncated"] == 1

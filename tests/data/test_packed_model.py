@@ -44,6 +44,7 @@ def _run(model_path, data_path, packing, cp):
     from megatron.core import parallel_state as mpu
 
     from megatron_dft.data.dataset import build_dataset
+    from megatron_dft.data.options import DatasetOptions
     from megatron_dft.data.tokenizer import load_tokenizer
     from megatron_dft.hf.load import load_hf_weights
     from megatron_dft.hf.source import open_checkpoint
@@ -52,9 +53,15 @@ def _run(model_path, data_path, packing, cp):
     models = megatron_model.build(model_path, context_parallel_size=cp)
     load_hf_weights(models, open_checkpoint(model_path))
     data = build_dataset(
-        [data_path], load_tokenizer(model_path), seq_length=SEQ_LENGTH, packing=packing,
-        shuffle=False, pad_multiple=2 * cp if cp > 1 else 1,
-    )  # fmt: skip
+        [data_path],
+        load_tokenizer(model_path),
+        DatasetOptions(
+            seq_length=SEQ_LENGTH,
+            packing=packing,
+            shuffle=False,
+            pad_multiple=2 * cp if cp > 1 else 1,
+        ),
+    )
     losses: dict[int, list[float]] = {}
     for index in range(len(data)):
         row = data[index]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_dft.data import packing
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.order import EpochOrder, permutation
 from megatron_dft.data.row_plan import RowPlan
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
@@ -103,8 +104,12 @@ def _rows(count):
 @pytest.mark.parametrize("pad_multiple", [1, 4])
 def test_packed_rows_hold_each_conversation_whole_and_alone(tmp_path, tokenizer, pad_multiple):
     path = write_jsonl(tmp_path / "a.jsonl", _rows(30))
-    data = build_dataset([path], tokenizer, seq_length=128, pad_multiple=pad_multiple)
-    alone = build_dataset([path], tokenizer, seq_length=128, packing=False, shuffle=False)
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=128, pad_multiple=pad_multiple)
+    )
+    alone = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=128, packing=False, shuffle=False)
+    )
     seen = []
     for i in range(len(data)):
         row, members = data[i], data.plan.members(i)
@@ -133,7 +138,9 @@ def test_context_parallel_sizes_up_to_four_share_the_rows(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", _rows(60))
 
     def members(pad_multiple):
-        data = build_dataset([path], tokenizer, seq_length=144, pad_multiple=pad_multiple)
+        data = build_dataset(
+            [path], tokenizer, DatasetOptions(seq_length=144, pad_multiple=pad_multiple)
+        )
         return [data.plan.members(i).tolist() for i in range(len(data))]
 
     assert members(1) == members(4) == members(8) != members(16)
@@ -141,7 +148,9 @@ def test_context_parallel_sizes_up_to_four_share_the_rows(tmp_path, tokenizer):
 
 def test_packed_validation_is_one_pass_with_rows_that_do_not_count(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", _rows(9))
-    data = build_dataset([path], tokenizer, seq_length=128, shuffle=False, batch_multiple=3)
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=128, shuffle=False, batch_multiple=3)
+    )
     members = [data.plan.members(i).tolist() for i in range(len(data))]
     assert len(data) == 6 and sorted(sum(members, [])) == list(range(9)) and members[-1] == []
     assert data[len(data) - 1]["loss_mask"].sum() == 0
@@ -153,7 +162,7 @@ def test_megatrons_batch_code_reads_packed_rows(tmp_path, tokenizer):
     from torch.utils.data import default_collate
 
     path = write_jsonl(tmp_path / "a.jsonl", _rows(30))
-    data = build_dataset([path], tokenizer, seq_length=128, pad_multiple=4)
+    data = build_dataset([path], tokenizer, DatasetOptions(seq_length=128, pad_multiple=4))
     rows = [data[0], data[1], data[2]]
     batch = flatten_batch_for_packed_sequences(default_collate(rows))
     borders = [0]

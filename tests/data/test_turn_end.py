@@ -4,6 +4,7 @@ import pytest
 
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.encode import ChatEncoder
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.schema import RowError
 from megatron_dft.data.spec import END, KIND_END, KIND_WRITTEN, SUPERVISED, WRITTEN
 from megatron_dft.data.tokenizer import encoder_spec
@@ -150,7 +151,9 @@ def test_rows_carry_the_kind_of_each_label(tmp_path, pad_multiple):
     rows = [{"messages": chat(f"q{i}", f"a{i}")} for i in range(5)]
     rows.append({"prompt": "p", "completion": "c"})
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    data = build_dataset([path], tokenizer, seq_length=128, pad_multiple=pad_multiple)
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=128, pad_multiple=pad_multiple)
+    )
     ends, total = 0, 0
     for index in range(data.rows_per_pass):
         row = data[index]

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dft.cli import main
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.tokenizer import load_tokenizer, pad_token_id
 from megatron_dft.data.tokenizer_backend import check_backend
 from tests.data.fixtures import chat, chatml_tokenizer, prepare_file, write_jsonl
@@ -42,7 +43,9 @@ def test_rows_that_are_dropped_for_their_length_are_held_to_it_too(tmp_path, ext
     tokenizer, extra = extended
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ValueError, match="a.jsonl:2: it holds token"):
-        build_dataset([path], tokenizer, seq_length=20, overlong="drop", vocab_size=extra)
+        build_dataset(
+            [path], tokenizer, DatasetOptions(seq_length=20, overlong="drop", vocab_size=extra)
+        )
 
 
 def test_a_pad_token_that_was_added_later_does_not_pad(tmp_path):
@@ -52,7 +55,7 @@ def test_a_pad_token_that_was_added_later_does_not_pad(tmp_path):
     assert pad_token_id(tokenizer) == size
     assert pad_token_id(tokenizer, size) == tokenizer.eos_token_id
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[:1])
-    row = build_dataset([path], tokenizer, seq_length=64, vocab_size=size)[0]
+    row = build_dataset([path], tokenizer, DatasetOptions(seq_length=64, vocab_size=size))[0]
     assert row["tokens"].max() < size
 
 

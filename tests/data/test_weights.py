@@ -6,6 +6,7 @@ import torch
 
 from megatron_dft.data import prepare as prepare_module
 from megatron_dft.data.dataset import build_dataset
+from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.prepare import notes
 from megatron_dft.data.schema import NothingToTrain, RowError, parse_row
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
@@ -135,7 +136,7 @@ def test_without_weights_none_are_stored(tmp_path, tokenizer):
     store = prepare_file(path, tokenizer, cache_dir=tmp_path / "c")
     assert store.weights is None and not list((tmp_path / "c").rglob("weights.f32"))
     assert np.array_equal(store.token_weights(0), store.supervised(0).astype(np.float32))
-    data = build_dataset([path], tokenizer, seq_length=64, cache_dir=tmp_path / "c")
+    data = build_dataset([path], tokenizer, DatasetOptions(seq_length=64, cache_dir=tmp_path / "c"))
     assert "token_weights" not in data[0]
 
 
@@ -146,7 +147,9 @@ def test_rows_carry_each_tokens_weight_in_line_with_its_label(
 ):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     data = build_dataset(
-        [path], tokenizer, seq_length=96, packing=packing, pad_multiple=pad_multiple, seed=5
+        [path],
+        tokenizer,
+        DatasetOptions(seq_length=96, packing=packing, pad_multiple=pad_multiple, seed=5),
     )
     found = {}
     for index in range(data.rows_per_pass):
@@ -166,7 +169,9 @@ def test_rows_carry_each_tokens_weight_in_line_with_its_label(
 def test_a_cut_conversation_keeps_the_weights_of_what_is_left(tmp_path, tokenizer):
     messages = _turns({"weight": 0.5}, {"weight": 3, "content": "right " * 50})
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
-    data = build_dataset([path], tokenizer, seq_length=64, overlong="truncate", packing=False)
+    data = build_dataset(
+        [path], tokenizer, DatasetOptions(seq_length=64, overlong="truncate", packing=False)
+    )
     assert set(data[0]["token_weights"].tolist()) == {0.0, 0.5}
 
 

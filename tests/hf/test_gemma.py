@@ -82,10 +82,13 @@ def test_the_first_loss_is_that_of_transformers(models, run, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from megatron_dft.data.dataset import build_dataset
+    from megatron_dft.data.options import DatasetOptions
     from megatron_dft.data.tokenizer import load_tokenizer
 
     chats = write_chats(tmp_path / "chats.jsonl")
-    rows = build_dataset([chats], load_tokenizer(models["gemma2"]), seq_length=96, seed=1234)
+    rows = build_dataset(
+        [chats], load_tokenizer(models["gemma2"]), DatasetOptions(seq_length=96, seed=1234)
+    )
     figures, _ = run("gemma2", "packed-once", train_iters=1, global_batch_size=rows.rows_per_pass)
     model = AutoModelForCausalLM.from_pretrained(models["gemma2"], dtype=torch.float32)
     total = count = 0.0

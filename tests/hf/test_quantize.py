@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_dft.training import fake_quantize
+from megatron_dft.flags import quantize
 from tests.chats import write_chats
 from tests.hf.tiny import make_tiny
 from tests.train.launch import flags, largest_relative_error, run_train, weights
@@ -23,17 +23,17 @@ NONE = dict(qat="int8", save=None, load=None, num_experts=None, fp8=None)
     ],
 )
 def test_refused_combinations(given, named, monkeypatch):
-    monkeypatch.setattr(fake_quantize.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=named):
-        fake_quantize.check(Namespace(**(NONE | given)))
-    fake_quantize.check(Namespace(**NONE))
+        quantize.check(Namespace(**(NONE | given)))
+    quantize.check(Namespace(**NONE))
 
 
 def test_without_modelopt_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(fake_quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'megatron-dft\[modelopt\]'"):
-        fake_quantize.check(Namespace(**NONE))
-    fake_quantize.check(Namespace(qat=None))
+        quantize.check(Namespace(**NONE))
+    quantize.check(Namespace(qat=None))
 
 
 def rounded(weight: torch.Tensor, name: str) -> torch.Tensor:

@@ -34,9 +34,12 @@ def test_packed_layouts_train_alike(train_once, layout):
 def test_one_epoch_packed_equals_one_epoch_unpacked(tiny_model, chats, tmp_path):
     """One step over all 48 conversations: same mean loss, same gradient, so the same weights."""
     from megatron_dft.data.dataset import build_dataset
+    from megatron_dft.data.options import DatasetOptions
     from megatron_dft.data.tokenizer import load_tokenizer
 
-    rows = build_dataset([chats], load_tokenizer(tiny_model), seq_length=96, seed=1234)
+    rows = build_dataset(
+        [chats], load_tokenizer(tiny_model), DatasetOptions(seq_length=96, seed=1234)
+    )
     outs = {}
     for name, given in {
         "unpacked": dict(global_batch_size=48, micro_batch_size=4),

@@ -15,12 +15,19 @@ STEPS, BATCH = 5, 8
 def batches(tiny_model, chats):
     """The conversations of each step, in the order that Megatron's sampler reads them."""
     from megatron_dft.data.dataset import build_dataset
+    from megatron_dft.data.options import DatasetOptions
     from megatron_dft.data.tokenizer import load_tokenizer
 
     data = build_dataset(
-        [chats], load_tokenizer(tiny_model), seq_length=64, num_samples=STEPS * BATCH, seed=1234,
-        packing=False,
-    )  # fmt: skip
+        [chats],
+        load_tokenizer(tiny_model),
+        DatasetOptions(
+            seq_length=64,
+            num_samples=STEPS * BATCH,
+            seed=1234,
+            packing=False,
+        ),
+    )
     rows = reference.read_rows(tiny_model, chats)
     order = []
     for index in range(STEPS * BATCH):
