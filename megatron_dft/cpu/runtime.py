@@ -38,10 +38,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-CPU = torch.device("cpu")
-
+from megatron_dft.cpu.stand_ins import (
+    CPU,
+    CpuMode,
+    Event,
+    Generators,
+    Stream,
+    call_now,
+    nothing,
+    without,
+    zero,
+)
 
 # Packages of CUDA kernels that Megatron prefers to its own code wherever they can be imported.
 GPU_PACKAGES = (
@@ -54,124 +62,6 @@ GPU_PACKAGES = (
 )
 
 
-def _to_cpu(device: Any) -> Any:
-    if isinstance(device, torch.device):
-        return CPU if device.type == "cuda" else device
-    if isinstance(device, str):
-        return CPU if device.startswith("cuda") else device
-    # A bare integer is a CUDA ordinal; bool is an int but never a device.
-    if isinstance(device, int) and not isinstance(device, bool):
-        return CPU
-    return device
-
-
-class CpuMode(TorchFunctionMode):
-    """Sends every CUDA placement to the CPU and names tensor types as CUDA's."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.to:
-            # Positions after the tensor may hold a dtype, a device or another tensor.
-            args = (
-                args[0],
-                *(_to_cpu(a) if isinstance(a, str | torch.device) else a for a in args[1:]),
-            )
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
-
-
-class _Stream:
-    cuda_stream = 0
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def wait_stream(self, *args):
-        pass
-
-    def wait_event(self, *args):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
-
-    def record_event(self, event=None):
-        return event or _Event()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return False
-
-    @staticmethod
-    def priority_range():
-        return (0, 0)
-
-
-class _Event:
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def record(self, *args):
-        pass
-
-    def wait(self, *args):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
-
-    def elapsed_time(self, other):
-        return 0.0
-
-
-class _Generators:
-    """`torch.cuda.default_generators` has one generator a device; the CPU has one in all."""
-
-    def __getitem__(self, index):
-        return torch.default_generator
-
-    def __len__(self):
-        return 1
-
-
-def _nothing(*args, **kwargs):
-    return None
-
-
-def _zero(*args, **kwargs):
-    return 0
-
-
-def _call_now(function, **kwargs):
-    function()
-
-
-def _without(function, *names, **fixed):
-    """`function` called without the keyword arguments `names`, and with those of `fixed`."""
-
-    def call(*args, **kwargs):
-        for name in names:
-            kwargs.pop(name, None)
-        return function(*args, **{**kwargs, **fixed})
-
-    return call
-
-
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) for each row of the module's table."""
     cuda = torch.cuda
@@ -179,7 +69,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     properties = SimpleNamespace(
         major=8, minor=0, total_memory=0, name="cpu", multi_processor_count=1
     )
-    get_rng = _without(torch.get_rng_state)
+    get_rng = without(torch.get_rng_state)
     rng: dict[str, Any] = {
         "get_rng_state": lambda *a, **k: get_rng(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
@@ -189,56 +79,56 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "is_initialized": lambda: True,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: CPU,
-        "set_device": _nothing,
+        "set_device": nothing,
         "device": lambda *a, **k: contextlib.nullcontext(),
         "get_device_properties": lambda *a: properties,
         "get_device_capability": lambda *a: (8, 0),
         "get_device_name": lambda *a: "cpu",
-        "Stream": _Stream,
-        "Event": _Event,
+        "Stream": Stream,
+        "Event": Event,
         "stream": lambda *a, **k: contextlib.nullcontext(),
-        "current_stream": lambda *a, **k: _Stream(),
-        "default_stream": lambda *a, **k: _Stream(),
-        "set_stream": _nothing,
-        "synchronize": _nothing,
+        "current_stream": lambda *a, **k: Stream(),
+        "default_stream": lambda *a, **k: Stream(),
+        "set_stream": nothing,
+        "synchronize": nothing,
         "is_current_stream_capturing": lambda: False,
         "manual_seed": lambda seed: generator.manual_seed(seed) and None,
-        "manual_seed_all": _nothing,
-        "default_generators": _Generators(),
-        "_lazy_init": _nothing,
-        "_lazy_call": _call_now,
-        "memory_allocated": _zero,
-        "max_memory_allocated": _zero,
-        "memory_reserved": _zero,
-        "max_memory_reserved": _zero,
-        "device_memory_used": _zero,
+        "manual_seed_all": nothing,
+        "default_generators": Generators(),
+        "_lazy_init": nothing,
+        "_lazy_call": call_now,
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_reserved": zero,
+        "device_memory_used": zero,
         "memory_stats": lambda *a, **k: {},
-        "reset_peak_memory_stats": _nothing,
-        "empty_cache": _nothing,
+        "reset_peak_memory_stats": nothing,
+        "empty_cache": nothing,
         **rng,
     }
     rows: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in names.items()]
     rows += [(cuda.random, name, value) for name, value in rng.items()]
-    rows += [(cuda.nvtx, "range_push", _nothing), (cuda.nvtx, "range_pop", _nothing)]
+    rows += [(cuda.nvtx, "range_push", nothing), (cuda.nvtx, "range_pop", nothing)]
     rows += [(torch.accelerator, "is_available", lambda: False)]
 
     dist = torch.distributed
-    rows += [(dist, "init_process_group", _without(dist.init_process_group, "device_id"))]
+    rows += [(dist, "init_process_group", without(dist.init_process_group, "device_id"))]
     loader = torch.utils.data.DataLoader
-    rows += [(loader, "__init__", _without(loader.__init__, pin_memory=False))]
+    rows += [(loader, "__init__", without(loader.__init__, pin_memory=False))]
     for check in (
         "_accelerator_graph_capture_health_check",
         "_cuda_graph_capture_health_check",
     ):
         # torch renamed the first into the second over the supported releases.
         if hasattr(torch.optim.Optimizer, check):
-            rows += [(torch.optim.Optimizer, check, _nothing)]
+            rows += [(torch.optim.Optimizer, check, nothing)]
 
     import megatron.core.tensor_parallel.random as mcore_random
 
     rows += [
-        (mcore_random, "_lazy_call", _call_now),
-        (mcore_random, "_lazy_init", _nothing),
+        (mcore_random, "_lazy_call", call_now),
+        (mcore_random, "_lazy_init", nothing),
         (mcore_random, "device_ctx_manager", lambda *a, **k: contextlib.nullcontext()),
     ]
 

@@ -16,19 +16,18 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import stat
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_dft.storage.lock_owner import PROGRAM, Owner, is_dead, myself, parse
 
 BEAT = 10.0  # seconds between two touches
 SILENT = 90.0  # seconds without one, after which an owner on another machine is dead
 NAME = ".megatron_dft.lock"
-_PROGRAM = "megatron_dft"
 _SIZE = 1024  # bytes of every lock: one write replaces a whole one
 
 
@@ -40,86 +39,12 @@ class LostError(RuntimeError):
     """Another run has taken the directory over; nothing more may be written to it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Owner:
-    """A process, told from every other of all machines. `since` is for people alone."""
-
-    host: str
-    pid: int
-    started: str  # of /proc, in ticks since boot; "" where there is no /proc
-    space: str  # boot and process namespace
-    job: str
-    leg: int
-    token: str
-    since: str
-
-    def __str__(self) -> str:
-        job = f", job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, since {self.since}"
-
-
-def _started(pid: int) -> str:
-    """When a living process began; "" where there is none."""
-    try:
-        # The name may hold anything, so that fields are counted from its closing bracket.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def _space() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _myself() -> Owner:
-    job, leg = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
-    return Owner(
-        host=socket.gethostname()[:255],
-        pid=os.getpid(),
-        started=_started(os.getpid()),
-        space=_space(),
-        job=job[:40],
-        leg=int(leg) if leg.isdecimal() and leg.isascii() else 0,
-        token=uuid.uuid4().hex,
-        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    )
-
-
-def _parse(content: bytes) -> Owner | None:
-    """None: a file that its owner has not filled yet. ValueError: not a lock of ours."""
-    if not content.strip():
-        return None
-    try:
-        found = json.loads(content)
-        assert found.pop("program") == _PROGRAM
-        owner = Owner(**found)
-        for one in dataclasses.fields(Owner):
-            assert type(getattr(owner, one.name)) is one.type
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
-        raise ValueError("is not a lock of this program") from None
-    return owner
-
-
-def _is_dead(owner: Owner, me: Owner) -> bool | None:
-    """None where only the beats can tell."""
-    if owner.job and owner.job == me.job and owner.leg < me.leg:
-        return True  # Slurm ended that leg before it began this one
-    if owner.host == me.host and owner.space == me.space and owner.space and owner.started:
-        return _started(owner.pid) != owner.started
-    return None
-
-
 class Lock:
     """The lock file at `path`; `flag` and `directory` are what its messages speak of."""
 
     def __init__(self, path: Path, flag: str, directory: Path) -> None:
         self.path, self.flag, self.directory = path, flag, directory
-        self.owner = _myself()
+        self.owner = myself()
         self._done = threading.Event()
 
     def take(self) -> None:
@@ -145,7 +70,7 @@ class Lock:
         anew."""
         with contextlib.suppress(FileNotFoundError):
             with self._open() as fd:
-                found = _parse(os.read(fd, _SIZE + 1))
+                found = parse(os.read(fd, _SIZE + 1))
             if found is None or found.token != self.owner.token:
                 raise LostError(
                     f"{self.flag}: {self.directory} was taken over while this run stood still, by "
@@ -162,12 +87,12 @@ class Lock:
             return
         with contextlib.suppress(OSError, ValueError), self._open() as fd:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            found = _parse(os.read(fd, _SIZE + 1))
+            found = parse(os.read(fd, _SIZE + 1))
             if found is not None and found.token == self.owner.token:
                 os.unlink(self.path)
 
     def _content(self) -> bytes:
-        entry = {"program": _PROGRAM, **dataclasses.asdict(self.owner)}
+        entry = {"program": PROGRAM, **dataclasses.asdict(self.owner)}
         return json.dumps(entry).encode().ljust(_SIZE - 1) + b"\n"
 
     def _make(self) -> bool:
@@ -210,7 +135,7 @@ class Lock:
         try:
             with self._open() as fd:
                 status = os.fstat(fd)
-                return _parse(os.read(fd, _SIZE + 1)), (status.st_ino, status.st_mtime_ns)
+                return parse(os.read(fd, _SIZE + 1)), (status.st_ino, status.st_mtime_ns)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -222,7 +147,7 @@ class Lock:
         if seen is None:
             return False
         owner, mark = seen
-        dead = None if owner is None else _is_dead(owner, self.owner)
+        dead = None if owner is None else is_dead(owner, self.owner)
         if dead is None:
             seen = self._wait(owner, mark)
             if seen is None:
@@ -261,7 +186,7 @@ class Lock:
                 current = os.stat(self.path, follow_symlinks=False)
                 if current.st_ino != os.fstat(fd).st_ino:
                     return False
-                if _parse(os.read(fd, _SIZE + 1)) != owner:
+                if parse(os.read(fd, _SIZE + 1)) != owner:
                     return False
                 os.pwrite(fd, self._content(), 0)
                 os.fsync(fd)
@@ -287,7 +212,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(OSError, ValueError), self._open() as fd:
-                found = _parse(os.read(fd, _SIZE + 1))
+                found = parse(os.read(fd, _SIZE + 1))
                 if found is not None and found.token == self.owner.token:
                     os.utime(fd)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dft.storage import lock
+from megatron_dft.storage import lock, lock_owner
 
 ROOT = Path(__file__).parents[2]
 # Holds the lock until it is told to end, or killed.
@@ -75,7 +75,7 @@ def test_kill_9_leaves_nothing_that_holds_the_next(tmp_path):
 
 def entry(**given):
     """A lock file's text, of another machine unless told otherwise."""
-    me = dataclasses.asdict(lock._myself())
+    me = dataclasses.asdict(lock_owner.myself())
     other = {"host": "elsewhere", "space": "another boot", "token": "x"}
     return json.dumps({"program": "megatron_dft", **me, **other, **given})
 
@@ -115,7 +115,7 @@ def test_an_earlier_leg_of_the_same_job_is_over(tmp_path, monkeypatch):
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path):
-    me = lock._myself()
+    me = lock_owner.myself()
     (tmp_path / lock.NAME).write_text(entry(host=me.host, space=me.space, started="1"))
     with lock.held("--save", tmp_path):
         pass
@@ -156,7 +156,7 @@ def test_what_is_no_lock_is_neither_followed_nor_touched(place, tmp_path):
 
 
 def test_of_many_who_find_a_dead_owner_one_goes_on(tmp_path):
-    me = lock._myself()
+    me = lock_owner.myself()
     (tmp_path / lock.NAME).write_text(entry(host=me.host, space=me.space, started="1"))
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(holder(tmp_path)) for _ in range(8)]
@@ -176,7 +176,7 @@ def test_a_run_that_was_taken_over_writes_no_more(tmp_path):
 
 
 def test_without_file_locks_a_dead_owner_is_not_taken_over_but_said(tmp_path, monkeypatch):
-    me = lock._myself()
+    me = lock_owner.myself()
     (tmp_path / lock.NAME).write_text(entry(host=me.host, space=me.space, started="1"))
 
     def flock(*_):
@@ -199,7 +199,7 @@ def test_two_names_of_one_directory_are_one(tmp_path):
 
 def test_of_two_who_find_a_dead_owner_the_slower_one_stands_back(tmp_path, monkeypatch):
     """The other one has replaced the entry, or the file, between the look and the flock."""
-    me, path = lock._myself(), tmp_path / lock.NAME
+    me, path = lock_owner.myself(), tmp_path / lock.NAME
     alive = entry(host=me.host, space=me.space, token="faster")
     dead = entry(host=me.host, space=me.space, started="1")
 
