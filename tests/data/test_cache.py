@@ -1,18 +1,15 @@
 """The tokenised cache: whole or absent, keyed by content, the same for any number of processes."""
 
-import json
 import os
 import pickle
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_dft.data import cache, prepare, verified, workers
+from megatron_dft.data import cache, prepare, verified
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.sources import parse_sources
@@ -49,6 +46,12 @@ def parallel(monkeypatch):
     """Small batches, and processes whatever the size."""
     monkeypatch.setattr(prepare, "_PARALLEL_BYTES", 0)
     monkeypatch.setattr("megatron_dft.data.readers.BATCH_ROWS", 16)
+
+
+def _flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
 
 
 def test_memory_disk_and_processes_give_the_same_store(tmp_path, tokenizer, monkeypatch, parallel):
@@ -162,12 +165,6 @@ def test_a_damaged_store_is_refused(tmp_path, tokenizer):
         _prepare([path], tokenizer, tmp_path / "c")
 
 
-def _flip(path, offset):
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     "name", ["tokens.u32", "offsets.i64", "rows.i64", "files.i32", "weights.f32"]
 )
@@ -232,94 +229,3 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeyp
     with pytest.raises(ValueError, match="--data-cache: .* No space left on device; choose"):
         _prepare([path], tokenizer, tmp_path / "c")
     assert not [p for p in (tmp_path / "c" / "tokens").iterdir() if p.suffix != ".lock"]
-
-
-def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(20))
-    options = dict(seq_length=256, cache_dir=tmp_path / "c")
-    first = build_dataset([path], tokenizer, DatasetOptions(**options, seed=1))
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    for name in ("cache.write_whole", "verified.write_whole", "row_plan._save"):
-        monkeypatch.setattr(f"megatron_dft.data.{name}", refuse)
-    again = build_dataset([path], tokenizer, DatasetOptions(**options, seed=2))
-    assert len(again.conversations) == len(first.conversations) and len(again) == len(first)
-
-
-def test_processes_that_come_together_tokenise_once(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(50))
-    builds, blocks = [], prepare._blocks
-
-    def slow(*args):
-        builds.append(1)
-        time.sleep(0.3)  # the others arrive meanwhile
-        yield from blocks(*args)
-
-    monkeypatch.setattr(prepare, "_blocks", slow)
-    stores: list = []
-    threads = [
-        threading.Thread(target=lambda: stores.extend(_prepare([path], tokenizer, tmp_path / "c")))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(builds) == 1 and len(stores) == 4 and all(_equal(s, stores[0]) for s in stores)
-
-
-def test_a_cache_that_cannot_be_written_is_a_users_mistake(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(2))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--data-cache: .* choose another directory"):
-        _prepare([path], tokenizer, tmp_path / "file")
-
-
-def test_the_workers_import_neither_torch_nor_transformers():
-    program = (
-        "import sys, megatron_dft.data.workers as w\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'megatron') "
-        "if m in sys.modules])"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.stdout.strip() == "[]", ended.stderr
-
-
-def test_a_worker_that_dies_is_reported(tmp_path, tokenizer, monkeypatch):
-    serve = "import sys, pickle, os; pickle.load(sys.stdin.buffer); os.kill(os.getpid(), 9)"
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        workers.subprocess,
-        "Popen",
-        lambda command, **options: popen([sys.executable, "-c", serve], **options),
-    )
-    batches = list(prepare.read_batches(parse_sources([_file(tmp_path)])[0]))
-    with pytest.raises(RuntimeError, match="signal 9 .* lower --data-workers"):
-        list(workers.tokenize_in_parallel(batches, encoder_spec(tokenizer), None, 2))
-
-
-def _file(tmp_path: Path) -> str:
-    return write_jsonl(tmp_path / "a.jsonl", _rows(20))
-
-
-def test_progress_lines_tell_how_far_it_is(capsys, monkeypatch):
-    from megatron_dft.data import progress
-
-    monkeypatch.setattr(progress, "_LINE_EVERY_SECONDS", 0.0)
-    with progress.progress_bar("tokenising a.jsonl", 200, True) as advance:
-        advance(50, 10)
-        advance(150, 30)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rsplit(" in ", 1)[0] for line in lines] == [
-        "tokenising a.jsonl: 25%, 10 rows",
-        "tokenising a.jsonl: 100%, 40 rows",
-        "tokenising a.jsonl: done, 40 rows",
-    ]
-
-
-def test_the_meta_is_plain_json(tmp_path, tokenizer):
-    _prepare([_file(tmp_path)], tokenizer, tmp_path / "c")
-    meta = json.loads(next((tmp_path / "c" / "tokens").glob("*/meta.json")).read_text())
-    assert meta["counts"]["rows"] == 20 and meta["paths"] and meta["bad"] == []

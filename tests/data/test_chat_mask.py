@@ -3,14 +3,13 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
 from megatron_dft.data.encode import ChatEncoder
-from megatron_dft.data.schema import RowError, parse_row
+from megatron_dft.data.schema import RowError
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
 from megatron_dft.data.tokenizer import encoder_spec
 from tests.data.families import FAMILIES
@@ -21,57 +20,7 @@ from tests.data.fixtures import (
     chat,
     chatml_tokenizer,
 )
-
-ENCODERS: dict[str, tuple] = {}
-
-
-def _encoder(name):
-    if name not in ENCODERS:
-        tokenizer = FAMILIES[name].tokenizer()
-        ENCODERS[name] = tokenizer, ChatEncoder(encoder_spec(tokenizer))
-    return ENCODERS[name]
-
-
-def _encode(encoder, row):
-    return encoder.encode(encoder.render(parse_row(row, None)))
-
-
-def _byte_lengths(tokenizer, ids):
-    """Bytes that each token stands for, from the byte-level vocabulary itself."""
-    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
-    return [len(t.encode()) if t in special else len(t) for t in tokens]
-
-
-def _assert_trains_exactly(tokenizer, flagged, pieces):
-    """`flagged` is the text of the pieces up to the last one that trains, and trains just those."""
-    while not pieces[-1][1]:
-        pieces = pieces[:-1]
-    ids = (flagged & ID_MASK).astype(np.int64)
-    text = "".join(t for t, _ in pieces)
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    trains = np.concatenate([np.full(len(t.encode()), trained) for t, trained in pieces])
-    at = 0
-    for token, length in enumerate(_byte_lengths(tokenizer, ids)):
-        want = set(trains[at : at + length].tolist())
-        assert want == {bool(flagged[token] & SUPERVISED)}, (token, text.encode()[at : at + length])
-        at += length
-    assert at == len(text.encode())
-
-
-def _assert_conversation(name, messages, **row):
-    family = FAMILIES[name]
-    tokenizer, encoder = _encoder(name)
-    got = _encode(encoder, {"messages": messages, **row})
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if family.rewrites and len(got) > 1:
-        assert len(got) == len(turns)
-        for flagged, turn in zip(got, turns, strict=True):
-            _assert_trains_exactly(tokenizer, flagged, family.pieces(messages[: turn + 1]))
-    else:
-        assert len(got) == 1
-        _assert_trains_exactly(tokenizer, got[0], family.pieces(messages))
-    return got
+from tests.data.masks import MARKED, SPACED, _encoder, _marked, assert_conversation, encode
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,7 +30,7 @@ def test_every_family_trains_exactly_the_answers_and_their_ends(name, system, tu
     if system and not FAMILIES[name].system:
         return
     contents = ["What is 12 + 7?", "It is 19.\n\nDone", "And 2?", "  two  ", "Ok", "Bye 🙂"]
-    _assert_conversation(name, chat(*contents[: 2 * turns], system=system))
+    assert_conversation(name, chat(*contents[: 2 * turns], system=system))
 
 
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.tools])
@@ -96,7 +45,7 @@ def test_tool_calls_train_and_their_answers_do_not(name):
         {"role": "user", "content": "thanks"},
         {"role": "assistant", "content": "welcome"},
     ]
-    _assert_conversation(name, messages)
+    assert_conversation(name, messages)
 
 
 def test_reasoning_survives_in_the_sample_of_its_own_turn():
@@ -104,7 +53,7 @@ def test_reasoning_survives_in_the_sample_of_its_own_turn():
     for m, thought in zip(messages, ["", "one and one", "", "two and two"], strict=True):
         if thought:
             m["reasoning_content"] = thought
-    got = _assert_conversation("qwen3", messages)
+    got = assert_conversation("qwen3", messages)
     tokenizer, _ = _encoder("qwen3")
     texts = [tokenizer.decode((f & ID_MASK)[(f & SUPERVISED) != 0]) for f in got]
     assert texts == [
@@ -116,33 +65,23 @@ def test_reasoning_survives_in_the_sample_of_its_own_turn():
 def test_a_template_that_rewrites_can_be_refused():
     tokenizer, _ = _encoder("qwen3")
     encoder = ChatEncoder(encoder_spec(tokenizer, rewrites="refuse"))
-    assert len(_encode(encoder, {"messages": chat("a", "b")})) == 1
+    assert len(encode(encoder, {"messages": chat("a", "b")})) == 1
     with pytest.raises(RowError, match="rewrites an earlier turn .* --chat-rewrites per-turn"):
-        _encode(encoder, {"messages": chat("a", "b", "c", "d")})
-
-
-SAFE = st.text(
-    st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0<[|"),
-    min_size=1,
-    max_size=30,
-).filter(lambda t: t.strip())
-SPACED = st.tuples(
-    st.sampled_from(["", " ", "\n", "\n\n", "\t"]), SAFE, st.sampled_from(["", "\n"])
-)
+        encode(encoder, {"messages": chat("a", "b", "c", "d")})
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SPACED.map("".join), min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_text_trains_exactly(name, contents):
-    _assert_conversation(name, chat(*contents))
+    assert_conversation(name, chat(*contents))
 
 
 def test_newlines_that_would_merge_with_the_header_are_the_answers_own():
     tokenizer = chatml_tokenizer()
     encoder = ChatEncoder(encoder_spec(tokenizer))
     assert len(tokenizer("\n\n")["input_ids"]) == 1, "the fixture must be able to merge newlines"
-    (flagged,) = _encode(encoder, {"messages": chat("q", "\nanswer")})
+    (flagged,) = encode(encoder, {"messages": chat("q", "\nanswer")})
     trained = (flagged & ID_MASK)[(flagged & SUPERVISED) != 0]
     assert tokenizer.decode(trained) == "\nanswer<|im_end|>"
     # As at inference: the prompt is tokenised alone, then the answer follows.
@@ -160,7 +99,7 @@ def test_a_header_token_that_swallows_spaces_leaves_the_answer_its_own():
     for token in layout["added_tokens"]:
         token["rstrip"] = token["content"] in ("<|assistant|>", "<|end|>")
     encoder = ChatEncoder(dataclasses.replace(spec, tokenizer_json=json.dumps(layout)))
-    (flagged,) = _encode(encoder, {"messages": chat("q", "\n answer", "r", "two")})
+    (flagged,) = encode(encoder, {"messages": chat("q", "\n answer", "r", "two")})
     trained = tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
     assert trained == "\n answer<|end|>two<|end|>"
 
@@ -173,7 +112,7 @@ def test_a_mark_that_ends_inside_a_token_takes_it_as_transformers_does():
     expected = tokenizer.apply_chat_template(
         messages, return_assistant_tokens_mask=True, return_dict=True
     )
-    (flagged,) = _encode(encoder, {"messages": messages})
+    (flagged,) = encode(encoder, {"messages": messages})
     assert "\n\n" in tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
     mask = ((flagged & SUPERVISED) != 0).astype(int).tolist()
     assert mask == expected["assistant_masks"][: len(flagged)]
@@ -186,22 +125,9 @@ def test_a_turn_can_be_left_out(switch):
     messages = chat("a", "first", "b", "second", "c", "third")
     for left_out, kept in ((1, "second|third"), (3, "first|third"), (5, "first|second")):
         marked = [dict(m, **(switch if i == left_out else {})) for i, m in enumerate(messages)]
-        (flagged,) = _encode(encoder, {"messages": marked})
+        (flagged,) = encode(encoder, {"messages": marked})
         trained = tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0])
         assert trained == kept.replace("|", "<|eot_id|>") + "<|eot_id|>"
-
-
-MARKED = CHATML_TEMPLATE.replace(
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
-    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
-)
-
-
-def _marked(template=MARKED):
-    tokenizer = byte_level_tokenizer(template, CHATML_SPECIALS, eos="<|im_end|>")
-    return tokenizer, ChatEncoder(encoder_spec(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -215,21 +141,21 @@ def test_generation_marks_train_what_transformers_says(contents):
     expected = tokenizer.apply_chat_template(
         messages, return_assistant_tokens_mask=True, return_dict=True
     )
-    (flagged,) = _encode(encoder, {"messages": messages})
+    (flagged,) = encode(encoder, {"messages": messages})
     if not contents[1].startswith("\n"):
         assert (flagged & ID_MASK).tolist() == expected["input_ids"][: len(flagged)]
         mask = ((flagged & SUPERVISED) != 0).astype(int).tolist()
         assert mask == expected["assistant_masks"][: len(flagged)]
         assert not any(expected["assistant_masks"][len(flagged) :])
     plain = ChatEncoder(encoder_spec(chatml_tokenizer()))
-    assert _encode(plain, {"messages": messages})[0].tolist() == flagged.tolist()
+    assert encode(plain, {"messages": messages})[0].tolist() == flagged.tolist()
 
 
 def test_marks_honour_turns_that_are_left_out():
     tokenizer, encoder = _marked()
     messages = chat("a", "b", "c", "d")
     messages[1]["train"] = False
-    (flagged,) = _encode(encoder, {"messages": messages})
+    (flagged,) = encode(encoder, {"messages": messages})
     assert tokenizer.decode((flagged & ID_MASK)[(flagged & SUPERVISED) != 0]) == "d<|im_end|>"
 
 
@@ -240,7 +166,7 @@ def test_marks_inside_a_macro_are_where_the_text_lands():
     tokenizer, encoder = _marked(macro + head + "{{ said(message) }}" + tail)
     _, direct = _marked()
     row = {"messages": chat("a", "b c", "d", "e")}
-    assert _encode(encoder, row)[0].tolist() == _encode(direct, row)[0].tolist()
+    assert encode(encoder, row)[0].tolist() == encode(direct, row)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -276,9 +202,9 @@ def test_a_prompt_that_does_not_begin_the_turn_is_refused():
         prompt, prompt + "{% if 'x' in messages[-1].content %}{{ '<think>' }}{% endif %}"
     )
     _, encoder = _marked(sometimes)
-    assert len(_encode(encoder, {"messages": chat("a", "b")})) == 1
+    assert len(encode(encoder, {"messages": chat("a", "b")})) == 1
     with pytest.raises(RowError, match="message 1: .* prompt does not begin its rendering"):
-        _encode(encoder, {"messages": chat("x", "b")})
+        encode(encoder, {"messages": chat("x", "b")})
 
 
 def test_todays_date_is_refused_until_it_is_fixed():
@@ -289,21 +215,21 @@ def test_todays_date_is_refused_until_it_is_fixed():
         _marked(dated)
     tokenizer = byte_level_tokenizer(dated, CHATML_SPECIALS, eos="<|im_end|>")
     encoder = ChatEncoder(encoder_spec(tokenizer, template_date="2024-07-26"))
-    (flagged,) = _encode(encoder, {"messages": chat("a", "b")})
+    (flagged,) = encode(encoder, {"messages": chat("a", "b")})
     assert "26 Jul 2024" in tokenizer.decode(flagged & ID_MASK)
 
 
 def test_what_the_template_refuses_is_a_bad_row():
     _, encoder = _encoder("gemma")
     with pytest.raises(RowError, match="the chat template refuses it: System role not supported"):
-        _encode(encoder, {"messages": chat("a", "b", system="s")})
+        encode(encoder, {"messages": chat("a", "b", system="s")})
 
 
 def test_variables_reach_the_template():
     template = "{% if shout %}{{ '!' }}{% endif %}" + CHATML_TEMPLATE
     tokenizer = byte_level_tokenizer(template, CHATML_SPECIALS, eos="<|im_end|>")
     encoder = ChatEncoder(encoder_spec(tokenizer, template_args={"shout": True}))
-    (flagged,) = _encode(encoder, {"messages": chat("a", "b")})
+    (flagged,) = encode(encoder, {"messages": chat("a", "b")})
     assert tokenizer.decode(flagged & ID_MASK).startswith("!")
 
 
@@ -330,7 +256,7 @@ def test_what_was_done_with_a_tokenizer_before_changes_nothing():
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
     used = encoder_spec(tokenizer)
     assert used.tokenizer_json == fresh.tokenizer_json
-    (flagged,) = _encode(ChatEncoder(used), {"messages": chat("a", "a long answer")})
+    (flagged,) = encode(ChatEncoder(used), {"messages": chat("a", "a long answer")})
     assert tokenizer.decode(flagged & ID_MASK).endswith("a long answer<|im_end|>")
 
 

@@ -1,100 +1,36 @@
 """vocab_parallel against dense float64 references: values and gradients at TP 1, 2 and 4."""
 
-import collections
 import doctest
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dft.losses import registry, vocab_parallel
 from megatron_dft.losses.vocab_parallel import (
     vocab_parallel_dft_loss,
-    vocab_parallel_loss,
     vocab_parallel_statistics,
-    vocab_shard_start,
 )
-from tests.losses.reference import PARAMETERS, dense_loss, entropy_of_top, relative_error
+from tests.losses.reference import PARAMETERS, relative_error
+from tests.losses.vocab_cases import (
+    TOKENS,
+    TOLERANCE,
+    VOCAB,
+    _statistics,
+    all_objectives,
+    exact,
+    exact_statistics,
+    make_case,
+    shared_by_equals,
+)
 from tests.ranks import run_ranks
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-TOKENS, VOCAB = 23, 64
-
-
-def make_case(seed: int, dtype: torch.dtype, supervised: float = 0.6, vocab: int = VOCAB) -> dict:
-    """Logits of a model that is sure of some tokens and knows nothing of others.
-
-    No surer than p ≈ 0.999: of 1 − p, fp32 keeps 6e-8 / (1 − p).
-    """
-    g = torch.Generator().manual_seed(seed)
-    logits = 2.5 * torch.randn(TOKENS, vocab, generator=g)
-    target = torch.randint(vocab, (TOKENS,), generator=g)
-    logits[torch.arange(TOKENS), target] += 4 * torch.rand(TOKENS, generator=g)
-    mask = torch.rand(TOKENS, generator=g) < supervised
-    reference = logits + 0.5 * torch.randn(TOKENS, vocab, generator=g)
-    return {
-        "logits": logits.to(dtype),
-        "reference": reference.to(dtype),
-        "target": torch.where(mask, target, -100),
-        "segments": torch.arange(TOKENS) // 6,
-        "upstream": torch.randn(TOKENS, generator=g),
-    }
-
-
-def exact(name: str, case: dict) -> tuple:
-    """(loss, gradient) in float64."""
-    logits = case["logits"].double().clone().requires_grad_()
-    mask = case["target"] != -100
-    loss, _ = dense_loss(
-        name, logits, case["target"], mask, case["segments"], case["reference"].double()
-    )
-    loss.backward(case["upstream"].double())
-    return loss.detach(), logits.grad
-
-
-def ours(name: str, case: dict, group, **options) -> tuple:
-    """(loss, weight, this shard's gradient)."""
-    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    shard = slice(VOCAB * rank // size, VOCAB * (rank + 1) // size)
-    logits = case["logits"][:, shard].clone().requires_grad_()
-    log_ref = case["reference"].double().log_softmax(-1)
-    log_ref = log_ref.gather(1, case["target"].clamp(min=0).unsqueeze(1)).squeeze(1)
-    objective = registry.get(name.split("/")[0], **PARAMETERS[name])
-    if "kl" in objective.needs:
-        options["reference_logits"] = case["reference"][:, shard]
-    # An in-place gradient may not be written into a leaf.
-    loss, weight = vocab_parallel_loss(
-        logits * 1.0,
-        case["target"],
-        group,
-        objective,
-        token_stats={"segment_ids": case["segments"], "reference_log_prob": log_ref.float()},
-        **options,
-    )
-    loss.backward(case["upstream"])
-    return loss.detach(), weight, logits.grad
-
-
-def _all_objectives(runs: list) -> list:
-    options = {"chunk_bytes": 4 * VOCAB * 5 // dist.get_world_size()}
-    return [
-        ours(
-            name,
-            make_case(seed, dtype),
-            dist.group.WORLD,
-            overwrite_logits=seed % 2 == 1,
-            **options,
-        )
-        for name, seed, dtype in runs
-    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_objective_equals_the_dense_float64_one(world_size):
     runs = [(name, seed, dtype) for seed, name in enumerate(PARAMETERS) for dtype in TOLERANCE]
-    ranks = run_ranks(_all_objectives, world_size, runs)
+    ranks = run_ranks(all_objectives, world_size, runs)
     for i, (name, seed, dtype) in enumerate(runs):
         case = make_case(seed, dtype)
         loss, gradient = exact(name, case)
@@ -112,71 +48,6 @@ def test_every_objective_equals_the_dense_float64_one(world_size):
         assert (got[case["target"] == -100] == 0).all(), name
 
 
-def _statistics(case, borders, upstream, names):
-    rank = dist.get_rank()
-    shard = slice(borders[rank], borders[rank + 1])
-    logits = case["logits"][:, shard].clone().requires_grad_()
-    start = vocab_shard_start(logits.shape[1], dist.group.WORLD)
-    assert start == borders[rank]
-    calls = collections.Counter()
-    for collective in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
-        original = getattr(dist, collective)
-
-        def counted(*args, _original=original, _name=collective, **kwargs):
-            calls[_name] += 1
-            return _original(*args, **kwargs)
-
-        setattr(dist, collective, counted)
-    stats = vocab_parallel_statistics(
-        logits,
-        case["target"],
-        dist.group.WORLD,
-        entropy=True,
-        entropy_top20=True,
-        sum_sq_prob=True,
-        reference_logits=case["reference"][:, shard],
-        vocab_start=start,
-    )
-    forward = dict(calls)
-    gradients = []
-    for name in names:
-        (gradient,) = torch.autograd.grad(getattr(stats, name), logits, upstream, retain_graph=True)
-        gradients.append(gradient)
-    (both,) = torch.autograd.grad([getattr(stats, n) for n in names], logits, [upstream] * 5)
-    return (
-        [getattr(stats, n).detach() for n in names],
-        gradients,
-        both,
-        forward,
-        dict(calls),
-        stats.is_top1,
-    )
-
-
-def _exact_statistics(case) -> tuple:
-    logits = case["logits"].double().requires_grad_()
-    log_probs = logits.log_softmax(-1)
-    reference = case["reference"].double().log_softmax(-1)
-    probs = log_probs.exp()
-    target = case["target"].clamp(min=0).unsqueeze(1)
-    finite = torch.where(probs > 0, log_probs, 0.0)
-    kl_terms = torch.where(reference > -torch.inf, reference.exp() * (reference - finite), 0.0)
-    values = {
-        "log_prob": log_probs.gather(1, target).squeeze(1),
-        "entropy": -(probs * finite).sum(-1),
-        "entropy_top20": entropy_of_top(torch.where(probs > 0, log_probs, -1e4)),
-        "sum_sq_prob": probs.square().sum(-1),
-        "kl": kl_terms.sum(-1),
-    }
-    return logits, values
-
-
-def _shared_by_equals(gradient, logits):
-    """Mean over equal logits of a row: which of them is the 20th likeliest token is arbitrary."""
-    same = (logits.detach().unsqueeze(2) == logits.detach().unsqueeze(1)).double()
-    return (same @ gradient.double().unsqueeze(2)).squeeze(2) / same.sum(2)
-
-
 @pytest.mark.parametrize("borders", [[0, 64], [0, 7, 64], [0, 30, 31, 31, 64]])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_statistics_and_their_gradients_on_uneven_shards_with_one_collective(borders, dtype):
@@ -185,7 +56,7 @@ def test_statistics_and_their_gradients_on_uneven_shards_with_one_collective(bor
     case["target"][case["target"].clamp(min=0).sub(7).abs() <= 2] = -100  # … no target
     case["reference"][:, 5:9] = -torch.inf
     supervised = case["target"] != -100
-    logits, values = _exact_statistics(case)
+    logits, values = exact_statistics(case)
     upstream = torch.where(supervised, case["upstream"], 0.0)
     ranks = run_ranks(_statistics, len(borders) - 1, case, borders, case["upstream"], list(values))
     total = torch.zeros_like(logits)
@@ -198,10 +69,10 @@ def test_statistics_and_their_gradients_on_uneven_shards_with_one_collective(bor
             assert relative_error(got[supervised], value[supervised]) <= 1e-5, name
         got = torch.cat([rank[1][i] for rank in ranks], dim=1)
         if name == "entropy_top20":
-            got, gradient = _shared_by_equals(got, logits), _shared_by_equals(gradient, logits)
+            got, gradient = shared_by_equals(got, logits), shared_by_equals(gradient, logits)
         assert relative_error(got, gradient) <= TOLERANCE[dtype], name
-    got = _shared_by_equals(torch.cat([rank[2] for rank in ranks], dim=1), logits)
-    assert relative_error(got, _shared_by_equals(total, logits)) <= TOLERANCE[dtype]
+    got = shared_by_equals(torch.cat([rank[2] for rank in ranks], dim=1), logits)
+    assert relative_error(got, shared_by_equals(total, logits)) <= TOLERANCE[dtype]
     chosen = logits.gather(1, case["target"].clamp(min=0).unsqueeze(1)).squeeze(1)
     top1 = chosen == logits.amax(-1)
     for rank in ranks:

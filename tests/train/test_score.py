@@ -10,34 +10,24 @@ import torch
 from tests.ranks import run_ranks
 from tests.train import reference
 from tests.train.launch import flags, run_train
-
-# The chats have about 1,500 tokens.
-SEGMENT = 400
-
-
-def _rank(argv, before):
-    from megatron_dft import score
-
-    if before is not None:
-        before()
-    return score.main(argv)
-
-
-def score(world_size, argv, before=None):
-    results = run_ranks(_rank, world_size, argv, before, init=False)
-    assert results == [0] * world_size
-
-
-def score_flags(model, data, out, **given):
-    given = dict(lr=None, min_lr=None, train_iters=None, score_segment_tokens=SEGMENT) | given
-    return flags(model, data, dft_reference_scores=out, **given)
-
-
-def stored(directory):
-    return np.fromfile(directory / "scores.f32", dtype="<f4")
-
-
-PACKED = dict(no_packing=None, micro_batch_size=1, seq_length=96, global_batch_size=4)
+from tests.train.scored import (
+    FAR,
+    LAYOUTS,
+    PAIRS,
+    RUNS,
+    TRAINING,
+    _cli,
+    _refusal,
+    check_content,
+    die_after_two_segments,
+    hear_segments,
+    is_refused,
+    iw_sft,
+    no_frozen_model,
+    score,
+    score_flags,
+    stored,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +53,6 @@ def scores(tmp_path_factory, tiny_model, chats):
     out = tmp_path_factory.mktemp("scores") / "scores"
     score(1, score_flags(tiny_model, chats, out))
     return out
-
-
-LAYOUTS = {
-    "packed": (1, PACKED),
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
-    "dp2-packed": (2, PACKED),
-    "tp2-sp-packed-chunked": (
-        2,
-        dict(tensor_model_parallel_size=2, sequence_parallel=True, loss_chunk_size=16, **PACKED),
-    ),
-    "cp2-packed": (2, dict(context_parallel_size=2, **PACKED)),
-    "pp2-dp2": (4, dict(pipeline_model_parallel_size=2)),
-}
 
 
 def test_scores_are_the_log_softmax_of_transformers(scores, expected):
@@ -121,36 +97,6 @@ def test_a_megatron_checkpoint_is_scored_in_another_layout(tiny_model, chats, tm
     assert "--allow-change loss" in "".join(refusal.value.__notes__)
 
 
-# A learning rate at which the weight leaves 1 within three steps.
-FAR = dict(lr=2e-2, min_lr=2e-2, train_iters=3)
-RUNS = {
-    "unpacked": (1, {}, {}),
-    # The scores were made from other rows in another order.
-    "packed": (1, dict(seed=7, **PACKED), {}),
-    "tp2-sp, chunked": (
-        2,
-        dict(tensor_model_parallel_size=2, sequence_parallel=True, loss_chunk_size=16),
-        {},
-    ),
-    "cp2, packed": (2, dict(context_parallel_size=2, **PACKED), {}),
-    # The frozen model does not run there.
-    "virtual stages": (
-        2,
-        dict(PACKED),
-        dict(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
-    ),
-}
-PAIRS = [
-    ("unpacked", "iw-sft"),
-    ("unpacked", "psft"),
-    ("packed", "iw-sft"),
-    ("packed", "psft"),
-    ("tp2-sp, chunked", "psft"),
-    ("cp2, packed", "iw-sft"),
-    ("virtual stages", "psft"),
-]
-
-
 @pytest.fixture(scope="module")
 def frozen(tiny_model, chats):
     @functools.cache
@@ -170,7 +116,7 @@ def test_training_with_scores_is_training_with_the_model(
     argv = flags(
         tiny_model, chats, loss=loss, dft_reference_scores=scores, **FAR | given | only_scores
     )
-    got, expected = run_train(world_size, *argv, before=_no_frozen_model), frozen(name, loss)
+    got, expected = run_train(world_size, *argv, before=no_frozen_model), frozen(name, loss)
     assert len(got) == 3
     for ours, theirs in zip(got, expected, strict=True):
         for figure in ("lm loss", f"{loss} loss", "dft/mean-weight", "dft/mean-prob"):
@@ -179,116 +125,38 @@ def test_training_with_scores_is_training_with_the_model(
     assert abs(got[-1]["dft/mean-weight"] - 1) > 1e-2
 
 
-def _no_frozen_model():
-    from megatron_dft.training import reference_model
-
-    def built(*args):
-        raise AssertionError("a frozen model was built")
-
-    reference_model.ReferenceModel.__init__ = built
-
-
-def _die_after_two_segments():
-    from megatron_dft.data.reference_scores import ScoreWriter
-
-    write = ScoreWriter.write
-
-    def dying(self, segment, scores):
-        if segment == 2:
-            (self._path(segment).with_suffix(".partial")).write_bytes(b"half")
-            raise KeyboardInterrupt
-        write(self, segment, scores)
-
-    ScoreWriter.write = dying
-
-
-def _hear_segments():
-    from megatron_dft.data.reference_scores import ScoreWriter
-
-    write = ScoreWriter.write
-
-    def heard(self, segment, scores):
-        with open(self._directory / "heard", "a") as file:
-            file.write(f"{segment}\n")
-        write(self, segment, scores)
-
-    ScoreWriter.write = heard
-
-
 def test_a_killed_run_goes_on_with_the_rest(tiny_model, chats, tmp_path, scores):
     out = tmp_path / "scores"
     argv = score_flags(tiny_model, chats, out)
     with pytest.raises(KeyboardInterrupt):
-        score(1, argv, _die_after_two_segments)
+        score(1, argv, die_after_two_segments)
     assert not (out / "scores.json").exists()
-    ((status, text),) = run_ranks(_refusal, 1, "train", _iw_sft(tiny_model, chats, out), init=False)
+    ((status, text),) = run_ranks(_refusal, 1, "train", iw_sft(tiny_model, chats, out), init=False)
     assert status == 2 and "unfinished" in text
     # The borders are those of the first start, whatever is asked for now.
-    score(1, score_flags(tiny_model, chats, out, score_segment_tokens=99), _hear_segments)
+    score(1, score_flags(tiny_model, chats, out, score_segment_tokens=99), hear_segments)
     count = len(json.loads((out / "scores.json").read_text())["borders"])
     assert count > 3
     assert (out / "heard").read_text().split() == [str(i) for i in range(2, count)]
     assert (stored(out) == stored(scores)).all()
     # Whole scores are left as they are.
     (out / "heard").unlink()
-    score(2, argv, _hear_segments)
+    score(2, argv, hear_segments)
     assert not (out / "heard").exists()
-
-
-def _iw_sft(model, data, scores, **given):
-    return flags(model, data, **dict(loss="iw-sft", dft_reference_scores=scores) | given)
-
-
-def _refusal(entry, argv):
-    import contextlib
-    import importlib
-    import io
-
-    from megatron_dft.training import model
-
-    def built(*args, **kwargs):
-        raise AssertionError("a model was built")
-
-    model.model_config = built
-    text = io.StringIO()
-    with contextlib.redirect_stderr(text):
-        status = importlib.import_module(f"megatron_dft.{entry}").main(argv)
-    return status, text.getvalue()
-
-
-def _is_refused(entry, argv, words):
-    ((status, text),) = run_ranks(_refusal, 1, entry, argv, init=False)
-    assert status == 2, text
-    assert "Traceback" not in text
-    for word in ("--dft-reference-scores", *words):
-        assert word in text.strip().splitlines()[-1], text
-
-
-TRAINING = {
-    "both": (dict(dft_reference_model="x"), ["--dft-reference-model"]),
-    "asft": (dict(loss="asft"), ["asft", "whole distribution"]),
-    "KL": (dict(kl_coeff=0.1), ["--kl-coeff", "whole distribution"]),
-    "nothing to compare": (dict(loss="dft"), ["--loss dft", "iw-sft"]),
-    "no scores": (dict(dft_reference_scores="/nowhere"), ["'/nowhere'", "no scores"]),
-    "cut elsewhere": (
-        dict(seq_length=34, overlong="drop"),
-        ["was --seq-length 64 with --overlong refuse", "is --seq-length 34"],
-    ),
-}
 
 
 @pytest.mark.parametrize("case", TRAINING)
 def test_scores_that_do_not_fit_the_run(case, tiny_model, chats, scores):
     given, words = TRAINING[case]
-    _is_refused("train", _iw_sft(tiny_model, chats, scores, **given), words)
+    is_refused("train", iw_sft(tiny_model, chats, scores, **given), words)
 
 
 def test_scores_of_other_data(tiny_model, chats, scores, tmp_path):
     other = tmp_path / "other.jsonl"
     lines = chats.read_text().splitlines()
     other.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
-    _is_refused("train", _iw_sft(tiny_model, other, scores), ["content of the data"])
-    _is_refused("score", score_flags(tiny_model, other, scores), ["content of the data"])
+    is_refused("train", iw_sft(tiny_model, other, scores), ["content of the data"])
+    is_refused("score", score_flags(tiny_model, other, scores), ["content of the data"])
 
 
 def test_scores_of_another_tokenizer_or_template(tiny_model, chats, scores, tmp_path):
@@ -296,15 +164,15 @@ def test_scores_of_another_tokenizer_or_template(tiny_model, chats, scores, tmp_
     source = (tiny_model / "chat_template.jinja").read_text()
     template.write_text(source.replace("'<|im_end|>' + '\n'", "'<|im_end|>'"))
     assert template.read_text() != source
-    argv = _iw_sft(tiny_model, chats, scores, chat_template=template)
-    _is_refused("train", argv, ["the chat template"])
+    argv = iw_sft(tiny_model, chats, scores, chat_template=template)
+    is_refused("train", argv, ["the chat template"])
 
 
 def test_scores_of_another_model(chats, scores, tmp_path):
     from tests.hf.tiny import make_tiny
 
     other = make_tiny("llama", tmp_path / "other", vocab_size=259, seed=5)
-    _is_refused("score", score_flags(other, chats, scores), ["weights"])
+    is_refused("score", score_flags(other, chats, scores), ["weights"])
 
 
 def test_damaged_scores(tiny_model, chats, tmp_path, scores):
@@ -312,11 +180,11 @@ def test_damaged_scores(tiny_model, chats, tmp_path, scores):
     out.mkdir()
     (out / "scores.json").write_bytes((scores / "scores.json").read_bytes())
     (out / "scores.f32").write_bytes((scores / "scores.f32").read_bytes()[:-4])
-    _is_refused("train", _iw_sft(tiny_model, chats, out), ["scores.f32", "bytes"])
+    is_refused("train", iw_sft(tiny_model, chats, out), ["scores.f32", "bytes"])
 
 
 def test_scoring_needs_a_directory(tiny_model, chats):
-    _is_refused("score", flags(tiny_model, chats), ["expected a directory"])
+    is_refused("score", flags(tiny_model, chats), ["expected a directory"])
 
 
 def test_the_command_line_scores(tiny_model, chats, tmp_path, expected):
@@ -324,12 +192,6 @@ def test_the_command_line_scores(tiny_model, chats, tmp_path, expected):
     (status,) = run_ranks(_cli, 1, score_flags(tiny_model, chats, tmp_path / "out"), init=False)
     assert status == 0
     assert np.abs(stored(tmp_path / "out") - expected).max() <= 1e-5
-
-
-def _cli(argv):
-    from megatron_dft import cli
-
-    return cli.main(["score", *argv])
 
 
 def test_scores_that_were_changed_since(tiny_model, chats, scores, tmp_path):
@@ -347,14 +209,7 @@ def test_scores_that_were_changed_since(tiny_model, chats, scores, tmp_path):
     (values - 5).tofile(file)
     os.utime(file, (1e9, 1e9))
     words = ["is not what was scored", "SHA-256", "score again"]
-    _is_refused("train", _iw_sft(tiny_model, chats, changed), words)
-
-
-def check_content(directory, cache):
-    from megatron_dft.data.reference_scores import ReferenceScores
-
-    (cache / "hashes").mkdir(exist_ok=True)
-    ReferenceScores(directory).check_content(cache)
+    is_refused("train", iw_sft(tiny_model, chats, changed), words)
 
 
 def test_the_hash_of_scores_is_taken_once_and_again_when_the_file_changes(
