@@ -28,6 +28,39 @@ def test_twenty_steps_of_both_routes(train_once, layout):
     assert_same_training(got, train_once(1, train_iters=20), COMPARED, weights_within=1e-4)
 
 
+WAYS = {
+    "chosen by itself": dict(loss_route="auto"),
+    "our cross entropy": dict(cross_entropy="vocab-parallel"),
+    "head in a small memory": dict(loss_route="head", loss_memory=0.02),
+    "our cross entropy, tp2": dict(cross_entropy="vocab-parallel", tensor_model_parallel_size=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_twenty_steps_of_every_way(train_once, way):
+    ranks = WAYS[way].get("tensor_model_parallel_size", 1)
+    got = train_once(ranks, train_iters=20, **WAYS[way])
+    assert_same_training(got, train_once(1, train_iters=20), COMPARED, weights_within=1e-4)
+
+
+def _interpret():
+    """The Triton kernels run on the CPU then, and the run takes them as it would on a GPU."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.mark.parametrize("loss", ["dft", "asft"])
+@pytest.mark.parametrize("route", ["head", "logits"])
+def test_twenty_steps_with_the_kernels(tiny_model, chats, route, loss):
+    common = dict(loss=loss, train_iters=20, micro_batch_size=1, global_batch_size=1)
+    expected = run_train(1, *flags(tiny_model, chats, **common))
+    got = run_train(1, *flags(tiny_model, chats, loss_route=route, **common), before=_interpret)
+    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        for name in ("lm loss", f"{loss} loss", "dft/mean-weight", "dft/token-accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (step, name)
+
+
 LOSSES = {
     "dft-sequence": {},
     "dft-geometric": {},
