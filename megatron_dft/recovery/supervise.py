@@ -97,11 +97,12 @@ class _Run:
         args = self.args
         if iteration < 0 or args.finetune or args.no_load_optim or args.skip_train:
             return
-        saved = resume._broadcast(
-            schedule.read(manifest.iteration_directory(root, iteration))
-            if dist.get_rank() == 0
-            else None
-        )
+        saved = None
+        if dist.get_rank() == 0:
+            # What cannot be read will not load either, and fallback.py says why.
+            with contextlib.suppress(UnsafeFileError):
+                saved = schedule.read(manifest.iteration_directory(root, iteration))
+        saved = resume._broadcast(saved)
         for line in schedule.settle(args, saved or {}, f"{root} (step {iteration})"):
             _say(f"resuming with another schedule: {line}")
 
