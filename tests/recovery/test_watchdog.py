@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import threading, time
-from megatron_dft.cluster.watchdog import Watchdog
+from megatron_dft.recovery.watchdog import Watchdog
 dog = Watchdog({limit})
 dog.start()
 dog.progress("step 7")
