@@ -6,10 +6,9 @@ import importlib.util
 import os
 from typing import Any
 
+from megatron_dft.flags.objective import needs_kl
 from megatron_dft.losses import kernels, route
 from megatron_dft.losses.registry import Objective
-
-MIB = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ def check(args: argparse.Namespace, objective: Objective, head_lacks: str | None
         )
     if head_lacks is not None:
         raise ValueError(f"{given}: {head_lacks}; drop the flag")
-    if bound is not None and (args.kl_coeff or "kl" in objective.needs):
+    if bound is not None and needs_kl(args, objective):
         raise ValueError(
             "--loss-row-filter: its bound is that of a loss in log p alone, got a KL term; drop "
             "one of the two"
@@ -142,7 +141,7 @@ def resolve(
 
     vocab_size: with Megatron's padding, of the whole model.
     """
-    memory, served = int(args.loss_memory * MIB), kernels_serve(on_cpu)
+    memory, served = int(args.loss_memory * route.MIB), kernels_serve(on_cpu)
     sizes = route.Sizes(
         tokens=args.micro_batch_size * args.seq_length // args.context_parallel_size,
         vocab=vocab_size // args.tensor_model_parallel_size,
@@ -151,7 +150,7 @@ def resolve(
         tensor_parallel=args.tensor_model_parallel_size,
         kernels=served,
         per_token=objective.per_token,
-        kl=bool(args.kl_coeff) or "kl" in objective.needs,
+        kl=needs_kl(args, objective),
     )
     mine = args.cross_entropy == "vocab-parallel" or (args.cross_entropy == "auto" and served)
     own = mine and not args.cross_entropy_loss_fusion

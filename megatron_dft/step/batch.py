@@ -111,6 +111,11 @@ class MicroBatch:
     head: HeadFigures | None = field(default=None, kw_only=True)
 
     @property
+    def supervised(self) -> Tensor:
+        """loss_mask, in host memory where it is known there: reading it then waits for nothing."""
+        return self.loss_mask if self.host_mask is None else self.host_mask
+
+    @property
     def ends(self) -> Tensor | None:
         """bool [b, s]: which labels end a turn."""
         return None if self.token_kinds is None else (self.token_kinds & KIND_END) != 0

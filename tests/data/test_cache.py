@@ -14,31 +14,13 @@ from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec
+from tests.data.cached import prepared, same_store, some_rows
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return chatml_tokenizer()
-
-
-def _rows(count):
-    return [
-        {"messages": chat(f"question {i}?", f"answer {i} " * (1 + i % 5))} for i in range(count)
-    ]
-
-
-def _prepare(paths, tokenizer, cache_dir, **options):
-    spec = encoder_spec(tokenizer)
-    return prepare.prepare(
-        parse_sources(paths), spec, prepare.PrepareOptions(cache_dir=cache_dir, **options)
-    )
-
-
-def _equal(a, b):
-    return all(
-        np.array_equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "offsets", "rows", "files")
-    )
 
 
 @pytest.fixture
@@ -55,20 +37,20 @@ def _flip(path, offset):
 
 
 def test_memory_disk_and_processes_give_the_same_store(tmp_path, tokenizer, monkeypatch, parallel):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(200))
-    (one,) = _prepare([path], tokenizer, None, workers=1)
-    (many,) = _prepare([path], tokenizer, tmp_path / "c", workers=3)
-    assert len(one) == 200 and _equal(one, many) and one.meta["counts"] == many.meta["counts"]
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(200))
+    (one,) = prepared([path], tokenizer, None, workers=1)
+    (many,) = prepared([path], tokenizer, tmp_path / "c", workers=3)
+    assert len(one) == 200 and same_store(one, many) and one.meta["counts"] == many.meta["counts"]
     assert one.where(7) == f"{path}:8"
     monkeypatch.setattr(prepare, "_blocks", None)
-    (again,) = _prepare([path], tokenizer, tmp_path / "c")
-    assert _equal(one, again)
+    (again,) = prepared([path], tokenizer, tmp_path / "c")
+    assert same_store(one, again)
 
 
 def test_the_first_bad_row_of_the_file_is_named_whoever_meets_it_first(
     tmp_path, tokenizer, parallel
 ):
-    rows = _rows(400)
+    rows = some_rows(400)
     # The early one sits in a batch of long rows, so that a later batch is done before it.
     rows[40]["messages"] = chat("no answer")
     for i in range(32, 48):
@@ -76,19 +58,19 @@ def test_the_first_bad_row_of_the_file_is_named_whoever_meets_it_first(
     rows[41 + 16]["messages"] = chat("none either")
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=r"a.jsonl:41: it has no assistant turn"):
-        _prepare([path], tokenizer, tmp_path / "c", workers=4)
+        prepared([path], tokenizer, tmp_path / "c", workers=4)
     assert not list((tmp_path / "c" / "tokens").glob("*/meta.json"))
     assert not list((tmp_path / "c" / "tokens").glob(".*.partial"))
-    (store,) = _prepare([path], tokenizer, tmp_path / "c", workers=4, errors="skip", max_bad_rows=2)
+    (store,) = prepared([path], tokenizer, tmp_path / "c", workers=4, errors="skip", max_bad_rows=2)
     assert len(store) == 398 and store.meta["counts"]["bad_rows"] == 2
     assert [b.split(": ")[0] for b in prepare.bad_rows(store)] == [f"{path}:41", f"{path}:58"]
     # What one run may leave out another may not: the cache does not hide it.
     with pytest.raises(ValueError, match=r"a.jsonl:41: it has no assistant turn"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
 
 
 def test_the_cache_goes_by_content(tmp_path, tokenizer):
-    rows = _rows(5)
+    rows = some_rows(5)
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     spec = encoder_spec(tokenizer)
 
@@ -127,7 +109,7 @@ def test_a_file_that_changes_is_hashed_again(tmp_path, monkeypatch):
 
 
 def test_a_killed_tokenisation_leaves_nothing_that_looks_whole(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(50))
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(50))
     (tmp_path / "spec").write_bytes(pickle.dumps(encoder_spec(tokenizer)))
     program = (
         "import os, pickle\n"
@@ -157,66 +139,66 @@ def test_a_killed_tokenisation_leaves_nothing_that_looks_whole(tmp_path, tokeniz
 
 
 def test_a_damaged_store_is_refused(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
-    (store,) = _prepare([path], tokenizer, tmp_path / "c")
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(5))
+    (store,) = prepared([path], tokenizer, tmp_path / "c")
     tokens = next((tmp_path / "c" / "tokens").glob("*/tokens.u32"))
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"is damaged: tokens.u32 has .* delete the directory"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     "name", ["tokens.u32", "offsets.i64", "rows.i64", "files.i32", "weights.f32"]
 )
 def test_a_store_whose_content_changed_is_refused(tmp_path, tokenizer, name):
-    rows = _rows(5)
+    rows = some_rows(5)
     rows[2]["weight"] = 0.5
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    _prepare([path], tokenizer, tmp_path / "c")
+    prepared([path], tokenizer, tmp_path / "c")
     file = next((tmp_path / "c" / "tokens").glob(f"*/{name}"))
     status = os.stat(file)
     _flip(file, 5)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(ValueError, match=f"is damaged: {name} does not have the content that was"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
 
 
 def test_offsets_beyond_the_tokens_are_refused(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
-    _prepare([path], tokenizer, tmp_path / "c")
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(5))
+    prepared([path], tokenizer, tmp_path / "c")
     file = next((tmp_path / "c" / "tokens").glob("*/offsets.i64"))
     offsets = np.fromfile(file, dtype="<i8")
     offsets[2] = 10**12
     offsets.tofile(file)
     with pytest.raises(ValueError, match="is damaged: offsets.i64"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
 
 
 def test_a_store_is_hashed_once_on_each_node(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
-    _prepare([path], tokenizer, tmp_path / "c")
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(5))
+    prepared([path], tokenizer, tmp_path / "c")
     hashed = []
     digest = verified.sha256_of_file
     monkeypatch.setattr(verified, "sha256_of_file", lambda path: hashed.append(1) or digest(path))
     monkeypatch.setattr(cache, "content_hash", lambda path, notes: "same")
     monkeypatch.setattr(cache, "digest", lambda value: "same")
-    _prepare([path], tokenizer, tmp_path / "d")
+    prepared([path], tokenizer, tmp_path / "d")
     hashed.clear()
-    _prepare([path], tokenizer, tmp_path / "d")
+    prepared([path], tokenizer, tmp_path / "d")
     assert not hashed, "who wrote it knows it"
     monkeypatch.setattr(verified.socket, "gethostname", lambda: "another-node")
-    _prepare([path], tokenizer, tmp_path / "d")
-    _prepare([path], tokenizer, tmp_path / "d")
+    prepared([path], tokenizer, tmp_path / "d")
+    prepared([path], tokenizer, tmp_path / "d")
     assert len(hashed) == 4, "four files, once"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bytes": 3}', "[" * 100_000])
 def test_a_damaged_meta_is_one_line(tmp_path, tokenizer, text):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
-    _prepare([path], tokenizer, tmp_path / "c")
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(5))
+    prepared([path], tokenizer, tmp_path / "c")
     next((tmp_path / "c" / "tokens").glob("*/meta.json")).write_text(text)
     with pytest.raises(ValueError, match="is damaged: meta.json .* delete the directory"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
 
 
 @pytest.mark.parametrize("step", ["add", "finish"])
@@ -225,7 +207,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"megatron_dft.data.store.StoreWriter.{step}", full)
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(5))
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(5))
     with pytest.raises(ValueError, match="--data-cache: .* No space left on device; choose"):
-        _prepare([path], tokenizer, tmp_path / "c")
+        prepared([path], tokenizer, tmp_path / "c")
     assert not [p for p in (tmp_path / "c" / "tokens").iterdir() if p.suffix != ".lock"]

@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_dft.data import prepare, workers
@@ -15,7 +14,8 @@ from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec
-from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
+from tests.data.cached import prepared, same_store, some_rows
+from tests.data.fixtures import chatml_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -23,31 +23,12 @@ def tokenizer():
     return chatml_tokenizer()
 
 
-def _rows(count):
-    return [
-        {"messages": chat(f"question {i}?", f"answer {i} " * (1 + i % 5))} for i in range(count)
-    ]
-
-
-def _prepare(paths, tokenizer, cache_dir, **options):
-    spec = encoder_spec(tokenizer)
-    return prepare.prepare(
-        parse_sources(paths), spec, prepare.PrepareOptions(cache_dir=cache_dir, **options)
-    )
-
-
-def _equal(a, b):
-    return all(
-        np.array_equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "offsets", "rows", "files")
-    )
-
-
 def _file(tmp_path: Path) -> str:
-    return write_jsonl(tmp_path / "a.jsonl", _rows(20))
+    return write_jsonl(tmp_path / "a.jsonl", some_rows(20))
 
 
 def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(20))
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(20))
     options = dict(seq_length=256, cache_dir=tmp_path / "c")
     first = build_dataset([path], tokenizer, DatasetOptions(**options, seed=1))
 
@@ -61,7 +42,7 @@ def test_a_cache_that_became_read_only_still_serves(tmp_path, tokenizer, monkeyp
 
 
 def test_processes_that_come_together_tokenise_once(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(50))
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(50))
     builds, blocks = [], prepare._blocks
 
     def slow(*args):
@@ -72,21 +53,21 @@ def test_processes_that_come_together_tokenise_once(tmp_path, tokenizer, monkeyp
     monkeypatch.setattr(prepare, "_blocks", slow)
     stores: list = []
     threads = [
-        threading.Thread(target=lambda: stores.extend(_prepare([path], tokenizer, tmp_path / "c")))
+        threading.Thread(target=lambda: stores.extend(prepared([path], tokenizer, tmp_path / "c")))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(builds) == 1 and len(stores) == 4 and all(_equal(s, stores[0]) for s in stores)
+    assert len(builds) == 1 and len(stores) == 4 and all(same_store(s, stores[0]) for s in stores)
 
 
 def test_a_cache_that_cannot_be_written_is_a_users_mistake(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", _rows(2))
+    path = write_jsonl(tmp_path / "a.jsonl", some_rows(2))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--data-cache: .* choose another directory"):
-        _prepare([path], tokenizer, tmp_path / "file")
+        prepared([path], tokenizer, tmp_path / "file")
 
 
 def test_the_workers_import_neither_torch_nor_transformers():
@@ -128,6 +109,6 @@ def test_progress_lines_tell_how_far_it_is(capsys, monkeypatch):
 
 
 def test_the_meta_is_plain_json(tmp_path, tokenizer):
-    _prepare([_file(tmp_path)], tokenizer, tmp_path / "c")
+    prepared([_file(tmp_path)], tokenizer, tmp_path / "c")
     meta = json.loads(next((tmp_path / "c" / "tokens").glob("*/meta.json")).read_text())
     assert meta["counts"]["rows"] == 20 and meta["paths"] and meta["bad"] == []
