@@ -71,6 +71,8 @@ def test_transformer_engine_is_asked_with_the_model_s_packed_rows(fake_te, choic
 
 
 def test_the_attention_backend_flag_is_in_force_while_it_is_asked(fake_te, monkeypatch):
+    for name in ("FLASH", "UNFUSED"):  # an earlier test of this process may have set Megatron up
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
     monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
     calls = fake_te("flash")
     shape = attention.AttentionShape(4, 2, 8, torch.bfloat16, packed=False, backend="flash")
