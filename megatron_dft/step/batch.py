@@ -90,6 +90,7 @@ class MicroBatch:
     training            whether the model is training: the loss is plain in evaluation
     reference_head      for a KL of the head: what a frozen model has in the place of logits
     host_mask           loss_mask in host memory, where the device has another
+    whole_gradient      no --loss-row-filter: the self-test compares every row
     head                where the loss is taken from the hidden states, once the model has run
     """
 
@@ -108,6 +109,7 @@ class MicroBatch:
     training: bool = field(default=False, kw_only=True)
     host_mask: Tensor | None = field(default=None, kw_only=True)
     reference_head: ReferenceHead | None = field(default=None, kw_only=True)
+    whole_gradient: bool = field(default=False, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
 
     @property
