@@ -33,7 +33,7 @@ class _Step:
 
 
 def weight_factor() -> Tensor | None:
-    """fp32 scalar on the device: what the data's weights are multiplied by in this step; None: 1."""
+    """fp32 scalar on the device: what multiplies the data's weights in this step; None: 1."""
     return _Step.weight_factor
 
 
@@ -56,7 +56,7 @@ def next_rows(iterator: Iterator[Rows], training: bool) -> Rows:
 
 
 def _sums(step: deque[Rows]) -> Tensor:
-    """fp32 [3] on the device, over all replicas: supervised tokens, their weights, micro-batches."""
+    """fp32 [3] on the device, of all replicas: supervised tokens, their weights, micro-batches."""
     tokens = sum(float(rows["loss_mask"].sum()) for rows in step)
     weights = sum(float(rows.get("token_weights", rows["loss_mask"]).sum()) for rows in step)
     sums = torch.tensor([tokens, weights, len(step)], dtype=torch.float32, device="cuda")
