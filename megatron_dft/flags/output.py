@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from megatron_dft.hf import companions
 from megatron_dft.hf.portable import is_hub_name
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,7 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
             f"--save {args.save}: expected --save-interval STEPS beside it, got none; "
             "a number beyond the last step saves at the end alone"
         )
+    _check_file_system(args)
     check_base_model(args.hf_base_model)
     if args.save_hf is None:
         if args.hf_base_model is not None:
@@ -75,6 +79,22 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
     if checkpoint is not None:
         companions.check(checkpoint)
     refuse_filled(args)
+
+
+def _check_file_system(args: argparse.Namespace) -> None:
+    """A checkpoint is committed by a rename, and each of its files is read back and hashed."""
+    if args.enable_msc:
+        raise ValueError(
+            "--enable-msc: expected checkpoints in a file system, where a rename commits them, got "
+            "the flag of object stores, which have none; drop it and copy finished steps"
+        )
+    for name in ("save", "load", "save_hf"):
+        place = getattr(args, name)
+        if place is not None and _URL.match(place):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected a directory, got {place}; save to one and "
+                "copy finished steps"
+            )
 
 
 def check_base_model(name: str | None) -> None:
