@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
+    "compare": ("megatron_dft.commands.compare", "the runs of a sweep side by side"),
     "score": ("megatron_dft.score", "store a reference model's log-probabilities for iw-sft, psft"),
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dft.drift.run_log import read_runs
 from tests.train.launch import flags, largest_relative_error, run_train, scalars, weights
 
 SEQ = 64
@@ -114,6 +115,12 @@ def test_evaluation_is_plain_cross_entropy(tiny_model, chats, tmp_path):
     logged = scalars(log)
     assert logged["lm loss validation"] == pytest.approx(total / number, abs=1e-4)
     assert "dft loss validation" not in logged
+    # What `megatron-dft compare` reads of Megatron's own event file.
+    (run,) = read_runs([log])
+    assert run.settings["loss"] == "dft" and run.number("lr") == 1e-9 and run.step == 5
+    assert run.figures["lm loss validation"][5] == logged["lm loss validation"]
+    assert {"lm loss", "dft/mean-prob validation", "dft/token-accuracy validation", "grad-norm",
+            "learning-rate"} <= run.figures.keys()  # fmt: skip
 
 
 def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, chats, tmp_path):
@@ -129,6 +136,7 @@ def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, 
     card = (out / "README.md").read_text()
     for word in ("dft", "2508.05629", "lm loss", chats.name, "0.001"):
         assert word in card, word
+    assert str(tmp_path) not in card and str(tiny_model) not in card
     early, late = weights(tmp_path / "out-step-2"), weights(out)
     assert any(not torch.equal(early[name], late[name]) for name in late)
 
