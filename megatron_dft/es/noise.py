@@ -18,7 +18,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LANES = 4  # 32-bit words of one counter
-_BLOCK_ELEMENTS = 1 << 20  # made at a time: some 100 MiB of integers
+# Made at a time: what a CPU's cache holds; for a GPU's launches enough work, in about 1 GiB.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -61,7 +62,7 @@ def normal(
     first = columns.start // _LANES
     count = -(-columns.stop // _LANES) - first
     out = torch.empty(len(rows), len(columns), device=device)
-    step = max(_BLOCK_ELEMENTS // max(count * _LANES, 1), 1)
+    step = max(_BLOCK_ELEMENTS[out.device.type] // max(count * _LANES, 1), 1)
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
         row = torch.arange(start, stop, device=device)[:, None].expand(-1, count)
