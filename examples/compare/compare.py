@@ -11,13 +11,11 @@ seeds, and a curve of models. Everything but GRPO goes through the product's com
 interrupted and run again: finished steps are kept. The report: OUT/RESULTS.md, .json and .png.
 """
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +27,11 @@ import results
 import rows
 import start
 from methods import METHODS, missing, snapshots
+from sizes import Settings, parse, settings_of
 from steps import Runner, StepFailed, Steps, run_process
 
 HERE = Path(__file__).resolve().parent
 LONGEST_ANSWER = 4  # [tokens] three digits and the end
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The comparison's size. anchor: αλ of es+anchor; gain: the matched score above the base's."""
-
-    seeds: int = 3
-    rates: int = 3
-    hidden_size: int = 64
-    layers: int = 2
-    pretraining_rows: int = 30_000
-    pretraining_steps: int = 600
-    problems: int = 512
-    wrong: float = 0.2
-    samples: int = 8
-    steps: int = 120
-    grpo_steps: int = 400
-    batch: int = 64
-    iterations: int = 100
-    population: int = 30
-    es_prompts: int = 128
-    anchor: float = 0.02
-    snapshots: int = 5
-    test_problems: int = 500
-    gain: float = 0.05
-    verifier: tuple[str, ...] = ("--verifier", "exact")
-
-
-QUICK = Settings(
-    seeds=1, rates=1, hidden_size=32, pretraining_rows=2000, pretraining_steps=120, problems=32,
-    samples=4, steps=4, grpo_steps=4, batch=16, iterations=2, population=2, es_prompts=16,
-    snapshots=2, test_problems=50,
-    verifier=("--verifier", "regex", "--pattern", r"^\d"),  # a right first digit will do
-)  # fmt: skip
 
 
 class Comparison:
@@ -171,10 +136,16 @@ class Comparison:
         made = rows.pairs(folder / "judged.rewards.jsonl")
         corpus.write_jsonl(self._data("pairs", seed), made)
 
-    def _training(self, model: Path, data: Path, batch: int, steps: int, lr: float) -> list[Any]:
+    def _training(
+        self, model: Path, data: Path, batch: int, steps: int, lr: float, pairs: bool = False
+    ) -> list[Any]:
+        # Rows have nearly one length: nothing to pack, but for the two answers of a pair.
+        shape: list[Any] = ["--no-packing", "--seq-length", corpus.ROW_TOKENS]
+        if pairs:
+            shape = ["--seq-length", 2 * corpus.ROW_TOKENS]
         return [
             "--device", "cpu", "--hf-model", model, "--train-data", data,
-            "--data-cache", self.out / "cache", "--no-packing", "--seq-length", corpus.ROW_TOKENS,
+            "--data-cache", self.out / "cache", *shape,
             "--micro-batch-size", batch, "--global-batch-size", batch, "--train-iters", steps,
             "--lr", lr, "--min-lr", lr / 10, "--lr-decay-style", "cosine",
             "--lr-warmup-iters", max(steps // 10, 1), "--weight-decay", 0.01, "--clip-grad", 1.0,
@@ -202,8 +173,8 @@ class Comparison:
         online += ["--save-interval", every]
         if method.trainer == "train":
             module = "megatron_dft.train"
-            argv = self._training(self.base, data, chosen.batch, length, rate)
-            argv += ["--loss", method.loss, *method.flags, "--seed", seed]
+            argv = self._training(self.base, data, chosen.batch, length, rate, method.pairs)
+            argv += ["--loss", method.loss, "--seed", seed]
             argv += ["--save-hf", out, "--save-hf-interval", every]
         elif method.trainer == "grpo":
             module = str(HERE / "grpo.py")
@@ -261,42 +232,8 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/compare"), help="(%(default)s)")
-    add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    add("--seeds", type=int, help=f"of data and order ({Settings.seeds})")
-    add("--rates", type=int, help=f"of each method's sweep ({Settings.rates})")
-    add("--iterations", type=int, help=f"of ES ({Settings.iterations})")
-    add("--population", type=int, help=f"of ES ({Settings.population})")
-    add("--quick", action="store_true", help="a toy size: only to see it run")
-    return parser.parse_args(argv)
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The chosen size. Raises ValueError, one line, for what cannot be run."""
-    chosen = asdict(QUICK if args.quick else Settings())
-    for flag, least in (
-        ("jobs", 1),
-        ("seeds", 1),
-        ("rates", 1),
-        ("iterations", 1),
-        ("population", 2),
-    ):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag}: expected {least} or more, got {value}")
-        if value is not None and flag in chosen:
-            chosen[flag] = value
-    settings = Settings(**chosen)
-    if settings.iterations % settings.snapshots:
-        raise ValueError(f"--iterations: expected a multiple of {settings.snapshots}")
-    return settings
-
-
 def main(argv: Sequence[str] | None = None, run: Runner = run_process) -> int:
-    args = _parse(argv)
+    args = parse((__doc__ or "").splitlines()[0], argv)
     try:
         settings = settings_of(args)
     except ValueError as error:

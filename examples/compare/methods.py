@@ -1,7 +1,7 @@
 """The methods that are compared: what each trains on, how it is started, and its own sweep."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dft.losses.registry import OBJECTIVES
@@ -11,15 +11,15 @@ RATES = (1e-4, 3e-4, 1e-3)
 
 @dataclass(frozen=True)
 class Method:
-    """trainer: "train" (megatron_dft.train), "grpo" (TRL) or "es"; data: a file of `rows`; flags:
-    more words for the trainer; sweep: learning rates, or σ of ES; like: takes that method's choice.
+    """trainer: "train" (megatron_dft.train), "grpo" (TRL) or "es"; data: a file of `rows`; pairs:
+    a row holds two answers; sweep: learning rates, or σ of ES; like: takes that method's choice.
     """
 
     trainer: str
     data: str
     sweep: tuple[float, ...] = RATES
     loss: str = ""
-    flags: tuple[str, ...] = field(default=())
+    pairs: bool = False
     like: str = ""
 
 
@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
     "rft": Method("train", "kept", loss="sft"),
     "offline-dft": Method("train", "kept", loss="dft"),
     "rift": Method("train", "judged", loss="rift"),
-    "dpo": Method("train", "pairs", (3e-5, 1e-4, 3e-4), loss="dpo"),
+    "dpo": Method("train", "pairs", (3e-5, 1e-4, 3e-4), loss="dpo", pairs=True),
     "grpo": Method("grpo", "problems", (3e-5, 1e-4, 3e-4)),
     "es": Method("es", "problems", (0.002, 0.004, 0.008)),
     "es+anchor": Method("es", "problems", like="es"),

@@ -18,6 +18,7 @@ import measure
 import methods
 import results
 import rows
+import sizes
 import verdicts
 
 from megatron_dft import cli
@@ -138,8 +139,8 @@ def toy(tmp_path_factory):
         patch.setattr(compare, "missing", lambda method: None)
         # A random model's answers are of any form and length.
         anything = ("--verifier", "regex", "--pattern", "^", "--threshold", "0")
-        quick = {**compare.QUICK.__dict__, "verifier": anything, "es_prompts": 8}
-        patch.setattr(compare, "QUICK", compare.Settings(**quick))
+        quick = {**sizes.QUICK.__dict__, "verifier": anything, "es_prompts": 8}
+        patch.setattr(sizes, "QUICK", sizes.Settings(**quick))
         patch.setattr(compare.rows, "pairs", lambda rewards: [])
         argv = ["--quick", "--out", str(out)]
         assert compare.main(argv, runner) == 0
