@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),
     "evaluate": ("megatron_dft.commands.evaluate", "pass@1, Avg@k, maj@k of checkpoints on sets"),
+    "es": ("megatron_dft.commands.es", "evolution strategies, rewarded by a verifier"),
     "plan": ("megatron_dft.commands.plan", "layouts and memory for a job"),
     "preflight": ("megatron_dft.commands.preflight", "check the nodes of an allocation"),
     "patch": ("megatron_dft.commands.patch", "put --loss into a stock Megatron-LM checkout"),
