@@ -1,6 +1,7 @@
 """Fine-tune a Hugging Face model on Megatron's own training loop.
 
-    torchrun --nproc-per-node 8 -m megatron_dft.train --hf-model DIR --loss dft --train-data x …
+    megatron-dft train --nproc-per-node 8 --hf-model DIR --loss dft --train-data x …
+    torchrun --nnodes 2 --nproc-per-node 8 … -m megatron_dft.train --hf-model DIR …
 
 Every Megatron flag works; ours are in flags/, one file a subject.
 """
@@ -9,11 +10,16 @@ import time
 
 _PROGRAM_START = time.time()
 
-import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_dft import terminal  # noqa: E402
+
+if __name__ == "__main__":  # before the imports that warn
+    terminal.divert()
+
 from megatron_dft.training.launch import launch  # noqa: E402
+from megatron_dft.training.log_file import run_program  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,4 +67,4 @@ def _train(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

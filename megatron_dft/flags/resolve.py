@@ -20,17 +20,18 @@ from megatron_dft.flags import (
     data,
     defaults,
     device,
+    help_page,
     lens,
     megatron,
     model,
     objective,
     output,
     quantize,
-    recovery,
     route,
     schedule,
     scores,
 )
+from megatron_dft.flags.definitions import define, refuse_in_one_line
 from megatron_dft.flags.settings import Settings, set_settings
 from megatron_dft.hf import bridge
 from megatron_dft.hf.config import megatron_args
@@ -52,22 +53,15 @@ def add_arguments(
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
     """
+    megatrons = list(parser._action_groups)
     define(parser, scoring)
     mend_help(parser)
-    if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
-        parser.print_help()
+    if help_page.MEGATRON in sys.argv[1:]:
+        help_page.print_megatrons(parser, megatrons)
         parser.exit()
+    refuse_in_one_line(parser)
     _resolve(parser, scoring, opener)
     return parser
-
-
-def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
-    """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, device, objective, route, scores, lens, output, quantize, recovery):
-        subject.add_arguments(parser)
-    data.add_arguments(parser.add_argument_group("data"))
-    if scoring:
-        scores.add_scoring_arguments(parser)
 
 
 def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron.training import get_args, print_rank_0
+from megatron.training import get_args
 
+from megatron_dft import terminal
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
@@ -74,7 +75,7 @@ def _guard_resume(args: Any, train: ChatDataset) -> None:
             # A refusal, not a crash: the scheduler must not try again.
             raise ResumeError(str(error)) from None
         for line in changes:
-            print_rank_0(f"> resuming with changed data: {line}")
+            terminal.say_once(f"> resuming with changed data: {line}")
     if args.save is not None and args.rank == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         record(args.save, train.identity)
@@ -93,10 +94,12 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
         counted = {name: count for name, count in train.counts.items() if count}
-        print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
+        terminal.say_once(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
         if train.scores is not None:
             model = train.scores.header["model"]
-            print_rank_0(f"> reference: stored scores of {model['name']}, made in {model['dtype']}")
+            terminal.say_once(
+                f"> reference: stored scores of {model['name']}, made in {model['dtype']}"
+            )
     if (args.valid_data or args.valid_share) and (args.full_validation or args.eval_iters):
         valid = build(args, _validation(args), num_samples[1], shuffle=False)
     found = {"--train-data": train, "--valid-data": valid}

@@ -1,12 +1,12 @@
 """One line a step that a person can read: rich on a terminal, else plain."""
 
-import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from megatron_dft import terminal
 from megatron_dft.losses.report import (
     CROSS_ENTROPY,
     END_PROB,
@@ -60,7 +60,7 @@ class Progress:
         self.style, self.prints, self.steps, self.interval = style, prints, steps, interval
         self.micro_batches, self.writer = micro_batches, writer
         self.console = console or Console(
-            file=sys.stdout, soft_wrap=True, highlight=False, force_terminal=style == "rich"
+            file=terminal.out(), soft_wrap=True, highlight=False, force_terminal=style == "rich"
         )
         # The first line comes after the set-up: there is no step before it to time.
         self.mark: float | None = None
@@ -129,9 +129,9 @@ class Progress:
         if self.style == "rich":
             self.console.print(Text(text, style="bold cyan"))
         else:
-            print(text, flush=True)
+            terminal.say(text)
 
 
 def choose(style: str) -> str:
     """auto → rich on a terminal, plain in a log."""
-    return ("rich" if sys.stdout.isatty() else "plain") if style == "auto" else style
+    return ("rich" if terminal.out().isatty() else "plain") if style == "auto" else style
