@@ -26,8 +26,12 @@ if word == "crash":
 elif word == "killed":
     os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else forever()
 elif word == "refuse":  # rank 0 speaks, after the others have left
+    (directory / f"pid-{rank}").write_text(str(os.getpid()))
     if rank == "0":
-        time.sleep(0.3)
+        while not (other := directory / "pid-1").exists() or not (pid := other.read_text()):
+            time.sleep(0.02)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.02)
         print("error: --lr", file=sys.stderr)
     sys.exit(2)
 elif word == "stop":

@@ -14,7 +14,7 @@ from megatron_dft.commands import launcher
 START = """
 import sys
 from megatron_dft.commands import launcher
-launcher._CRASH_SECONDS = 0.5
+launcher._CRASH_SECONDS = 0.0
 sys.exit(launcher.main("tests.commands.fake_rank", sys.argv[1:]))
 """
 

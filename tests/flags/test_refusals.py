@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.flags.refused import refused
-from tests.ranks import run_ranks
 from tests.train.launch import flags
 
 CASES = {
@@ -189,26 +188,3 @@ def test_an_existing_export_is_not_overwritten(tiny_model, chats, tmp_path):
     (tmp_path / "out" / "precious").write_text("x")
     ((status, text),) = refused(1, flags(tiny_model, chats, save_hf=tmp_path / "out"))
     assert status == 2 and "--overwrite" in text
-
-
-def _help(module):
-    import contextlib
-    import importlib
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        try:
-            importlib.import_module(module).main(["--help"])
-        except SystemExit as exit:
-            return exit.code, text.getvalue()
-
-
-@pytest.mark.parametrize("module", ["megatron_dft.train", "megatron_dft.score"])
-def test_help_prints_megatrons_flags_and_ours(module):
-    ((status, text),) = run_ranks(_help, 1, module, init=False)
-    assert status == 0
-    words = text.split()
-    for flag in ("--tensor-model-parallel-size", "--hf-model", "--train-data", "--dft-mix-alpha"):
-        assert flag in words, flag
-    assert "2508.05629" in text
