@@ -13,6 +13,8 @@ from megatron_dft.losses.token_stats import REFERENCE_STATISTICS, VOCABULARY_STA
 # The kinds of tokens (bits of the rows' token_kinds) that take weight 1.
 FULL_WEIGHT = {"none": 0, "end": KIND_END, "template": KIND_WRITTEN | KIND_END}
 
+NORMALIZERS = ("tokens", "weights")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--loss with every objective's parameters, its reach and the reference."""
@@ -32,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all that the chat template writes into it (template). DFT weighs an end that the model "
         "finds unlikely by that low probability, and may never learn to stop; default: none, the "
         "paper's method",
+    )
+    group.add_argument(
+        "--loss-normalizer",
+        choices=NORMALIZERS,
+        default="tokens",
+        help="what the sum of a step's token losses is divided by: the number of supervised tokens "
+        "of the global batch, or the sum of their weights in the data, so that the weights are "
+        "shares and no change of the learning rate; the same without weights; default: %(default)s",
     )
     group.add_argument(
         "--dft-reference-model",

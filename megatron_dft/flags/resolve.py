@@ -128,6 +128,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
             full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
+            weighs_normalizer=args.loss_normalizer == "weights",
         )
     )
 

@@ -15,6 +15,7 @@ HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
 END_PROB = "dft/end-prob"
+ROWS_DROPPED = "dft/rows-dropped"  # share of the supervised tokens, by row_filter.py
 SOURCE = "lm loss of "  # and the name of an item of --train-data
 # How many tokens a mean of some of them alone is over; not reported.
 _COUNT = "number of: "

@@ -73,7 +73,7 @@ def loss_func(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
     if batch.training and batch.token_weights is not None:
-        # The data's own factors; the loss is still divided by the number of supervised tokens.
+        # The data's own factors; the loss is then divided by the number of supervised tokens.
         per_token = per_token * batch.token_weights
     loss = per_token.sum()
     _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)

@@ -94,6 +94,7 @@ def _batch(test: SelfTest, vocab_size: int, device: torch.device) -> tuple[Micro
         position_ids=torch.arange(shape[1]).expand(shape).to(device),
         packing=packing,
         training=True,
+        whole_gradient=True,
     )
     return batch, upstream
 

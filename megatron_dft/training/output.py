@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
@@ -14,7 +15,8 @@ from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
 from megatron_dft.hf.secrets import masked_line
-from megatron_dft.losses.report import CROSS_ENTROPY
+from megatron_dft.losses.report import CROSS_ENTROPY, ROWS_DROPPED
+from megatron_dft.step.chunked_head import row_filter
 from megatron_dft.step.loss import FIGURES
 from megatron_dft.storage.dtypes import WORDS
 from megatron_dft.storage.files import sha256_of_file
@@ -81,8 +83,11 @@ class Output:
         found: dict[str, Any] = {}
         steps = 0
         if self._is_due(call):
-            found, steps = FIGURES.take(mpu.get_data_parallel_group(with_context_parallel=True))
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            found, steps = FIGURES.take(group)
             found.pop(CROSS_ENTROPY, None)  # Megatron has it from each step
+            if steps and (rows := row_filter()) is not None:
+                found[ROWS_DROPPED] = torch.tensor(rows.take(group))
             losses.update(found)
         self.handle.lens.targets.before_log(losses)
         if self.progress is None:
