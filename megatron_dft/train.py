@@ -40,10 +40,12 @@ def _train(args: Any) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dft.compat import checkpointing
+    from megatron_dft.flags.settings import settings
     from megatron_dft.recovery.supervise import supervised
     from megatron_dft.step.forward_step import forward_step
-    from megatron_dft.training import agreement, machine, model, output
+    from megatron_dft.training import agreement, data_provider, machine, model, output
     from megatron_dft.training.data_provider import datasets_provider
+    from megatron_dft.training.evaluation import Evaluation
     from megatron_dft.training.identity import run_identity
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
@@ -53,6 +55,8 @@ def _train(args: Any) -> None:
     machine.report(args)
     handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
+    data_provider.settle_evaluation(args)
+    Evaluation(args, settings().whole_evaluation).install()
     out = output.Output(args, handle)
     out.install()
     with supervised(args, run_identity()):

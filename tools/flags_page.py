@@ -9,7 +9,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 _HEAD = """# Every flag
 
 Every Megatron flag works beside these, but those that a run refuses by name: `megatron-dft train
---help` prints these and the ones of Megatron's that most runs set, `--help-megatron` all the others.
+--help` prints these and those of Megatron's that most runs set, `--help-megatron` all the others.
 This page is made by `python tools/flags_page.py`.
 """
 

@@ -37,7 +37,8 @@ def add_arguments(group: Any) -> None:
         nargs="+",
         metavar="PATH",
         default=None,
-        help="conversations to evaluate on, each once per evaluation, in file order",
+        help="conversations to evaluate on, each once per evaluation, in file order, ten times in a "
+        "run; --eval-interval and --eval-iters change that",
     )
     add(
         "--valid-share",
@@ -142,11 +143,6 @@ def check(args: argparse.Namespace) -> None:
     if not args.train_data and not args.skip_train:
         raise ValueError(
             "--train-data: expected at least one file of conversations, got none; name one"
-        )
-    if args.eval_iters and not args.valid_data and not args.valid_share:
-        raise ValueError(
-            f"--eval-iters {args.eval_iters}: needs --valid-data, "
-            "got none; give it (or --valid-share) or drop the flag"
         )
 
 

@@ -38,7 +38,7 @@ _COMMON: tuple[tuple[str, str, str], ...] = (
     ("--save", "DIR", "checkpoints to go on from; with --save-interval"),
     ("--save-interval", "STEPS", "between checkpoints"),
     ("--load", "DIR", "go on from the newest checkpoint, where there is one"),
-    ("--eval-interval", "STEPS", "between evaluations; default: {eval_interval}"),
+    ("--eval-interval", "STEPS", "between evaluations; default: a tenth of the run, at least 10"),
     ("--log-interval", "STEPS", "between progress lines; default: {log_interval}"),
     ("--tensorboard-dir", "DIR", "write TensorBoard's files there"),
     ("--seed", "N", "of the order of the data, and of dropout; default: 1234"),

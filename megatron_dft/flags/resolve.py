@@ -20,6 +20,7 @@ from megatron_dft.flags import (
     data,
     defaults,
     device,
+    evaluation,
     help_page,
     lens,
     megatron,
@@ -113,7 +114,9 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
         asked = registry.get("sft")
     else:
         scores.check_training(args, asked)
+        evaluation.check(args, given)
     _check(args, checkpoint, asked)
+    parser.set_defaults(eval_interval=evaluation.interval(args, given))
     padded = args.padded_vocab_size or 0
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -127,6 +130,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             route.resolve(args, asked, padded, runtime.is_active(), model.head_lacks(checkpoint)),
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
+            whole_evaluation=evaluation.is_whole(args, given),
             full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
             weighs_normalizer=args.loss_normalizer == "weights",
         )

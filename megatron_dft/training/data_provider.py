@@ -10,10 +10,11 @@ from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.tokenizer import load_tokenizer
+from megatron_dft.flags import evaluation
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
-from megatron_dft.step.loss import SOURCES
+from megatron_dft.step.loss import SOURCES, VALID_SOURCES
 from megatron_dft.training import agreement, trained_chat
 
 
@@ -37,7 +38,7 @@ def build(
             seed=args.seed,
             pad_multiple=2 * context if context > 1 else 1,
             shuffle=shuffle,
-            batch_multiple=1 if shuffle else args.global_batch_size,
+            batch_multiple=1 if shuffle else args.eval_global_batch_size,
             progress=progress,
             flag=flag,
             reference_scores=settings().reference_scores if flag == "--train-data" else None,
@@ -57,13 +58,21 @@ def prepare(args: Any) -> None:
         train = build(args, "--train-data", None, shuffle=True, progress=True)
         if train.scores is not None:
             train.scores.check_content(cache_directory(args))
-    if args.valid_data or args.valid_share:
-        build(args, _validation(args), None, shuffle=False, progress=True)
+    if (flag := evaluation.data_flag(args)) is not None:
+        valid = build(args, flag, None, shuffle=False, progress=True)
+        if not settings().whole_evaluation:
+            evaluation.check_iters(args, valid.rows_per_pass)
 
 
-def _validation(args: Any) -> str:
-    """The flag that names what is evaluated on."""
-    return "--valid-data" if args.valid_data else "--valid-share"
+def settle_evaluation(args: Any) -> None:
+    """Set how many global batches an evaluation reads; on every rank, when the data is prepared."""
+    if settings().whole_evaluation:
+        flag = evaluation.data_flag(args)
+        assert flag is not None
+        rows = build(args, flag, None, shuffle=False).rows_per_pass
+        args.eval_iters = rows // args.eval_global_batch_size
+        # Megatron's own way to a whole evaluation counts micro-batches for global ones.
+        args.full_validation = False
 
 
 def _guard_resume(args: Any, train: ChatDataset) -> None:
@@ -93,19 +102,35 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         _guard_resume(args, train)
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
-        counted = {name: count for name, count in train.counts.items() if count}
-        terminal.say_once(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
+        counted = "".join(
+            f", {n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n
+        )
+        terminal.say_once(f"> training data: {train.rows_per_pass} rows an epoch{counted}")
         if train.scores is not None:
             model = train.scores.header["model"]
             terminal.say_once(
                 f"> reference: stored scores of {model['name']}, made in {model['dtype']}"
             )
-    if (args.valid_data or args.valid_share) and (args.full_validation or args.eval_iters):
-        valid = build(args, _validation(args), num_samples[1], shuffle=False)
+    flag = evaluation.data_flag(args)
+    if flag is not None and args.eval_iters:
+        valid = build(args, flag, num_samples[1], shuffle=False)
+        VALID_SOURCES[:] = valid.sources
+        if settings().whole_evaluation:
+            args.consumed_valid_samples = 0  # every pass is the same, and begins at its beginning
+        terminal.say_once(f"> {_evaluates(args, flag, valid.rows_per_pass)}")
     found = {"--train-data": train, "--valid-data": valid}
     agreement.check_start(args, {k: v.identity for k, v in found.items() if v is not None})
     return train, valid, None
 
 
 # Every rank builds the data sets itself: they are the same pure function of the flags everywhere.
+def _evaluates(args: Any, flag: str, rows: int) -> str:
+    read = min(args.eval_iters * args.eval_global_batch_size, rows)
+    part = "whole" if read == rows else f"{read} rows at a time"
+    when = f"every {args.eval_interval} steps and at the end"
+    if args.skip_train or args.eval_interval > (args.train_iters or 0):
+        when = "at the end"
+    return f"evaluation: {rows} rows of {flag}, {part}, {when}"
+
+
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -15,6 +15,12 @@ from megatron_dft.losses.report import (
     histogram_key,
 )
 
+_SHORT = {
+    "dft/mean-prob": "p",
+    "dft/mean-weight": "weight",
+    "dft/token-accuracy": "accuracy",
+    END_PROB: "end p",
+}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -24,6 +30,11 @@ def sparkline(shares: list[float]) -> str:
     if highest <= 0:
         return _BARS[0] * len(shares)
     return "".join(_BARS[round(share / highest * (len(_BARS) - 1))] for share in shares)
+
+
+def short_figures(figures: dict[str, float]) -> list[str]:
+    """The figures between 0 and 1 that are there, each with a short name."""
+    return [f"{short} {figures[name]:.3f}" for name, short in _SHORT.items() if name in figures]
 
 
 def duration(seconds: float) -> str:
@@ -111,15 +122,7 @@ class Progress:
             for name, value in figures.items()
             if name.endswith(" loss") and name != CROSS_ENTROPY
         ]
-        names = {
-            "dft/mean-prob": "p",
-            "dft/mean-weight": "weight",
-            "dft/token-accuracy": "accuracy",
-            END_PROB: "end p",
-        }
-        parts += [
-            f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures
-        ]
+        parts += short_figures(figures)
         if call.get("grad_norm") is not None:
             parts.append(f"grad {float(call['grad_norm']):.3g}")
         if call.get("learning_rate") is not None:

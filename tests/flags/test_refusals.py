@@ -46,6 +46,16 @@ CASES = {
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
     "a flag that Megatron refuses": (dict(lr_warmup_fraction=0.1, lr_warmup_iters=3), ["warmup"]),
     "evaluation without data": (dict(eval_iters=2), ["--eval-iters", "--valid-data"]),
+    "an interval without data": (dict(eval_interval=5), ["--eval-interval 5", "--valid-data"]),
+    "data without evaluation": (
+        dict(valid_share=0.1, eval_iters=0),
+        ["--eval-iters 0", "--valid-share", "drop one"],
+    ),
+    "whole and in part": (
+        dict(valid_share=0.1, eval_iters=1, full_validation=True),
+        ["--full-validation", "--eval-iters 1", "drop one"],
+    ),
+    "never": (dict(valid_share=0.1, eval_interval=0), ["--eval-interval", "at least 1", "0"]),
     "a reference for nothing": (
         dict(dft_reference_model="x"),
         ["--dft-reference-model", "--kl-coeff"],
@@ -97,6 +107,12 @@ def test_refused_in_one_line(case, tiny_model, chats):
     assert "Traceback" not in text
     for word in words:
         assert word in line, line
+
+
+def test_an_evaluation_that_would_read_rows_twice(tiny_model, chats):
+    ((status, text),) = refused(1, flags(tiny_model, chats, valid_data=chats, eval_iters=7))
+    assert status == 2 and text.count("\n") == 1
+    assert "--eval-iters: --valid-data has 6 global batches of 8 rows, got 7" in text
 
 
 LAYOUTS = {

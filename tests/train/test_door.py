@@ -36,7 +36,6 @@ def test_ten_steps_on_two_ranks_are_few_lines(tiny_model, chats, tmp_path, door)
             save=save,
             save_interval=5,
             valid_data=chats,
-            eval_iters=6,
             eval_interval=5,
             tensor_model_parallel_size=2,
         )
@@ -49,9 +48,13 @@ def test_ten_steps_on_two_ranks_are_few_lines(tiny_model, chats, tmp_path, door)
     assert last == f"> finished: step 10 of 10; checkpoint in {save}"
     for step in range(1, 11):
         assert sum(line.startswith(f"step {step}/10 |") for line in lines) == 1
+    assert "> evaluation: 48 rows of --valid-data, whole, every 5 steps and at the end" in lines
+    evaluated = [line for line in lines if line.startswith("evaluation after step ")]
+    assert [line.split()[3] for line in evaluated] == ["5", "10"] and "| end p 0." in evaluated[0]
     log = (save / "megatron.log").read_text()
     assert log.count(" tensor_model_parallel_size ....") == 1  # Megatron's arguments, once
     assert "iteration       10/" in log and "step 10/10" in log
+    assert "mean-prob PPL" not in log
 
 
 def test_a_wrong_flag_on_two_ranks_is_one_line(tiny_model, chats, tmp_path, door):
