@@ -41,15 +41,13 @@ def log() -> Path | None:
 
 
 def head(line: str) -> None:
-    """`line` is to come before the next line that is said; a refusal comes without it."""
+    """`line` is to come before the next one; that of a failure comes without it."""
     _Diverted.heading = line
 
 
 def say(line: str) -> None:
     """A line on the terminal's standard output, and in the log."""
-    heading, _Diverted.heading = _Diverted.heading, None
-    if heading is not None:
-        _write(out(), heading)
+    _say_heading()
     _write(out(), line)
 
 
@@ -62,10 +60,26 @@ def say_once(line: str) -> None:
 def warn(line: str) -> None:
     """A line on the terminal's standard error, and in the log; where there are several hosts, with
     the name of this one."""
+    _say_heading()
+    _write(error(), _with_host(line))
+
+
+def fail(reason: str) -> None:
+    """`warn`, of what ends the run."""
+    _write(error(), _with_host(f"error: {reason}"))
+
+
+def _say_heading() -> None:
+    heading, _Diverted.heading = _Diverted.heading, None
+    if heading is not None:
+        _write(out(), heading)
+
+
+def _with_host(line: str) -> str:
     hosts = os.environ.get("WORLD_SIZE", "1") != os.environ.get(
         "LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")
     )
-    _write(error(), f"{gethostname()}: {line}" if hosts else line)
+    return f"{gethostname()}: {line}" if hosts else line
 
 
 def _write(stream: TextIO, line: str) -> None:

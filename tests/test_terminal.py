@@ -16,7 +16,7 @@ warnings.warn("a library")
 print("early")
 terminal.head("the first line")
 if sys.argv[1] == "refused":
-    terminal.warn("error: --lr")
+    terminal.fail("--lr")
     sys.exit(2)
 terminal.settle(Path(sys.argv[1]) if sys.argv[1] != "-" else None, first=sys.argv[2] == "first")
 print("late")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,6 @@ def _stores(
         workers=options["workers"],
         progress=True,
     )
-    # The bad rows are printed among the figures.
-    logging.getLogger("megatron_dft.data.prepare").setLevel(logging.ERROR)
     return [tokenised(source, spec, tolerant) for source in parse_sources(items, flag)]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dft import terminal
 from megatron_dft.data.cache import digest, locked, store_parts, writing
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
@@ -20,13 +20,12 @@ from megatron_dft.data.tokenize_rows import NOTE, BadRow, describe, reason_kind
 from megatron_dft.data.vocabulary import check_ids
 from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially
 
-log = logging.getLogger(__name__)
-
 ERRORS = ("strict", "skip")
 # Below this the processes would take longer to start than to tokenise.
 _PARALLEL_BYTES = 4 * 1024 * 1024
 # Bad rows whose reasons are kept; all are counted.
 _BAD_KEPT = 1000
+_BAD_SAID = 5
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class PrepareOptions:
     data_format: one of schema.FORMATS, or None to recognise it; errors: one of ERRORS;
     max_bad_rows: with "skip", how many rows may be bad: a share of all below 1, a count from 1 on;
     cache_dir: where tokenised data is kept, None keeps it in memory; workers: tokenising processes,
-    None for one a core; progress: this process tells how far it is and logs the rows left out;
+    None for one a core; progress: this process tells how far it is and which rows are left out;
     vocab_size: rows of the model's embedding, None where no model is at hand.
     """
 
@@ -175,11 +174,11 @@ def check_bad_rows(store: TokenStore, name: str, options: PrepareOptions) -> Non
     if not options.progress:
         return
     if bad:
-        log.warning("%s: left out %d of %d rows", name, bad, rows)
-        for line in bad_rows(store)[:20]:
-            log.warning("left out: %s", line)
+        terminal.warn(f"warning: {name}: left out {bad} of {rows} rows")
+        for line in bad_rows(store)[:_BAD_SAID]:
+            terminal.warn(f"left out: {line}")
     for note, count in notes(store).items():
-        log.warning("%s: %s (%d of %d rows)", name, note, count, rows)
+        terminal.warn(f"warning: {name}: {note} ({count} of {rows} rows)")
 
 
 def _no_row(store: TokenStore, name: str) -> str:

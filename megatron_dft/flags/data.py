@@ -37,8 +37,8 @@ def add_arguments(group: Any) -> None:
         nargs="+",
         metavar="PATH",
         default=None,
-        help="conversations to evaluate on, each once per evaluation, in file order, ten times in a "
-        "run; --eval-interval and --eval-iters change that",
+        help="conversations to evaluate on, each once per evaluation, in file order, ten times "
+        "a run; --eval-interval and --eval-iters change that",
     )
     add(
         "--valid-share",

@@ -74,8 +74,8 @@ class NumberCheck:
                 mpu.get_data_parallel_rank(),
                 mpu.get_data_parallel_world_size(),
             )
-            terminal.warn(
-                f"error: rank {dist.get_rank()}, step {step}: "
+            terminal.fail(
+                f"rank {dist.get_rank()}, step {step}: "
                 f"{self.found}; samples {samples} (in the order of training); no weight was "
                 "changed. Look at the rows, lower --lr, or train in fp32"
             )

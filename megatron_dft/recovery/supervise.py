@@ -199,7 +199,7 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
             terminal.say(f"> finished: {_last_words(run)}")
     except (resume.ResumeError, UnsafeFileError) as error:
         if rank == "0":
-            terminal.warn(f"error: {error}")
+            terminal.fail(f"{error}")
             status.record("refused", str(error))
         dist.barrier()
         raise SystemExit(exit_codes.REFUSED) from None
@@ -218,9 +218,7 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         raise
     except Exception as error:
         step = run.iteration + 1
-        terminal.warn(
-            f"error: rank {rank}, in or before step {step}: {type(error).__name__}: {error}"
-        )
+        terminal.fail(f"rank {rank}, in or before step {step}: {type(error).__name__}: {error}")
         raise
     finally:
         if run.watchdog is not None:

@@ -49,8 +49,8 @@ class Watchdog:
             if self._done.wait(left):
                 return
         rank = os.environ.get("RANK", "0")
-        terminal.warn(
-            f"error: rank {rank}: no progress for {self.limit:g} s in "
+        terminal.fail(
+            f"rank {rank}: no progress for {self.limit:g} s in "
             f"{self._section} (--hang-timeout); the stacks of this rank follow, then it exits"
         )
         faulthandler.dump_traceback(all_threads=True)

@@ -102,10 +102,9 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         _guard_resume(args, train)
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
-        counted = "".join(
-            f", {n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n
-        )
-        terminal.say_once(f"> training data: {train.rows_per_pass} rows an epoch{counted}")
+        counted = [f"{n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n]
+        said = ", ".join([f"{train.rows_per_pass} rows an epoch", *counted])
+        terminal.say_once(f"> training data: {said}")
         if train.scores is not None:
             model = train.scores.header["model"]
             terminal.say_once(

@@ -5,6 +5,7 @@ cross entropy is left to it, everything else is taken out of its hands and said,
 TensorBoard and W&B, here.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -43,11 +44,12 @@ class Evaluation:
     def _say(self, figures: dict[str, float], step: int) -> None:
         parts = [f"evaluation after step {step}", f"{CROSS_ENTROPY} {figures[CROSS_ENTROPY]:.4f}"]
         parts += short_figures(figures)
-        parts += [
-            f"{name.removeprefix(SOURCE)} {value:.4f}"
-            for name, value in figures.items()
-            if name.startswith(SOURCE)
-        ]
+        items = [name for name in figures if name.startswith(SOURCE)]
+        # The last part of a path tells them apart, mostly.
+        short = {name: Path(name.removeprefix(SOURCE)).name for name in items}
+        if len(set(short.values())) < len(items):
+            short = {name: name.removeprefix(SOURCE) for name in items}
+        parts += [f"{short[name]} {figures[name]:.4f}" for name in items]
         terminal.say(" | ".join(parts))
         if self.args.skip_train:
             return

@@ -79,7 +79,7 @@ def _launch(get_ready: Callable[[Any], None], work: Callable[[Any], None], scori
 
 def _refuse(error: Exception) -> int:
     if _is_first_local_rank():
-        terminal.warn(f"error: {one_line(error)}")
+        terminal.fail(f"{one_line(error)}")
     if os.environ.get("RANK", "0") == "0":
         status.record("refused", one_line(error))
     return REFUSED

@@ -125,7 +125,7 @@ def report(args: Any) -> None:
         f"{UNFUSED_REMEDY}"
     )
     if os.environ["LOCAL_RANK"] == "0":
-        terminal.warn(f"error: {message}")
+        terminal.fail(f"{message}")
     if os.environ["RANK"] == "0":
         status.record("refused", message)
     raise SystemExit(REFUSED)
