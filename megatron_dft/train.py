@@ -55,7 +55,7 @@ def _train(args: Any) -> None:
     machine.report(args)
     handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
-    data_provider.settle_evaluation(args)
+    data_provider.settle(args)
     Evaluation(args, settings().whole_evaluation).install()
     out = output.Output(args, handle)
     out.install()

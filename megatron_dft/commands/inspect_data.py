@@ -14,6 +14,7 @@ from rich.text import Text
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, notes, tokenised
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.show import Shown, as_html, print_shown, runs, visible
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.spec import EncoderSpec
@@ -113,7 +114,12 @@ def _stores(
 ) -> list[TokenStore]:
     """The tokenised data with any number of bad rows: they are what one wants to see."""
     tolerant = PrepareOptions(
-        data_format=options["data_format"],
+        reading=Reading(
+            options["data_format"],
+            options["columns"],
+            options["mask_history"],
+            options["max_samples"],
+        ),
         errors="skip",
         cache_dir=options["cache_dir"],
         workers=options["workers"],

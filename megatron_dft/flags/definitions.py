@@ -14,13 +14,16 @@ from megatron_dft.flags import (
     quantize,
     recovery,
     route,
+    schedule,
     scores,
 )
 
 
 def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
     """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, device, objective, route, scores, lens, output, quantize, recovery):
+    for subject in (model, schedule, device, objective, route, scores, lens):
+        subject.add_arguments(parser)
+    for subject in (output, quantize, recovery):
         subject.add_arguments(parser)
     data.add_arguments(parser.add_argument_group("data"))
     if scoring:

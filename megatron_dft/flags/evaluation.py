@@ -10,6 +10,7 @@ from typing import Any
 
 PARTS = 10  # evaluations of a run, but for one
 LEAST = 10  # steps between two
+OPEN = 0  # an interval that the number of steps is to decide
 
 
 def data_flag(args: Any) -> str | None:
@@ -28,9 +29,16 @@ def interval(args: Any, given: Mapping[str, Any]) -> int:
     """Steps between two evaluations."""
     if "eval_interval" in given or data_flag(args) is None:
         return args.eval_interval
+    if args.train_epochs is not None:
+        return OPEN
     steps = args.train_iters or 0
     if args.train_samples and args.global_batch_size:
         steps = args.train_samples // args.global_batch_size
+    return tenth(steps)
+
+
+def tenth(steps: int) -> int:
+    """Steps between two evaluations of a run of so many."""
     return max(-(-steps // PARTS), LEAST)
 
 

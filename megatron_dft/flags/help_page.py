@@ -18,7 +18,7 @@ _LAUNCH = ("--nproc-per-node", "N", "ranks on this machine, each with a GPU, or 
 # flag, value, what it does; the defaults are those of a run here.
 _COMMON: tuple[tuple[str, str, str], ...] = (
     ("--seq-length", "TOKENS", "of a row; required"),
-    ("--train-iters", "STEPS", "of the run; required, or --train-samples"),
+    ("--train-iters", "STEPS", "of the run; required, or --train-epochs"),
     ("--global-batch-size", "ROWS", "of a step, over all ranks; default: one a data-parallel rank"),
     ("--micro-batch-size", "ROWS", "of a rank at a time; default: 1"),
     ("--lr", "RATE", "the largest learning rate; required, the paper's is 5e-5"),

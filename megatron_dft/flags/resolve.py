@@ -145,6 +145,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     model.check(args, checkpoint, runtime.is_active())
     route.check(args, asked, model.head_lacks(checkpoint))
     data.check(args)
+    schedule.check_epochs(args)
     schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)

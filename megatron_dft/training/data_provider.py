@@ -1,16 +1,18 @@
 """The data sets of a run, in the form that Megatron's loop asks for them."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args
 
 from megatron_dft import terminal
+from megatron_dft.data import repeats
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.tokenizer import load_tokenizer
-from megatron_dft.flags import evaluation
+from megatron_dft.flags import evaluation, schedule
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
@@ -44,7 +46,7 @@ def build(
             reference_scores=settings().reference_scores if flag == "--train-data" else None,
             vocab_size=settings().vocab_size,
             held_out_part=flag == "--valid-share",
-            **options,
+            **(options if shuffle else options | {"in_order": False}),
         ),
     )
 
@@ -56,6 +58,8 @@ def prepare(args: Any) -> None:
     """
     if args.train_data and not args.skip_train:
         train = build(args, "--train-data", None, shuffle=True, progress=True)
+        if args.train_epochs is not None:
+            schedule.check(with_steps(args, train))
         if train.scores is not None:
             train.scores.check_content(cache_directory(args))
     if (flag := evaluation.data_flag(args)) is not None:
@@ -64,8 +68,21 @@ def prepare(args: Any) -> None:
             evaluation.check_iters(args, valid.rows_per_pass)
 
 
-def settle_evaluation(args: Any) -> None:
-    """Set how many global batches an evaluation reads; on every rank, when the data is prepared."""
+def with_steps(args: Any, train: ChatDataset) -> argparse.Namespace:
+    """A copy of args with the steps of --train-epochs."""
+    rows = train.plan.rows_of_epochs(args.train_epochs)
+    steps = schedule.steps_of(rows, args.global_batch_size)
+    return argparse.Namespace(**vars(args) | {"train_iters": steps})
+
+
+def settle(args: Any) -> None:
+    """Set what the data decides, on every rank, when it is prepared: the steps of --train-epochs,
+    and how many global batches an evaluation reads."""
+    if args.train_epochs is not None and not args.skip_train:
+        train = build(args, "--train-data", None, shuffle=True)
+        args.train_iters = with_steps(args, train).train_iters
+    if args.eval_interval == evaluation.OPEN:
+        args.eval_interval = evaluation.tenth(args.train_iters or 0)
     if settings().whole_evaluation:
         flag = evaluation.data_flag(args)
         assert flag is not None
@@ -103,8 +120,11 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
         counted = [f"{n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n]
-        said = ", ".join([f"{train.rows_per_pass} rows an epoch", *counted])
+        said = ", ".join([f"{train.rows_per_pass} rows an epoch", *counted, repeats.said(train)])
         terminal.say_once(f"> training data: {said}")
+        for line in repeats.warnings(train):
+            if args.rank == 0:
+                terminal.warn(f"warning: {line}")
         if train.scores is not None:
             model = train.scores.header["model"]
             terminal.say_once(

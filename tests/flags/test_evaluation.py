@@ -9,7 +9,7 @@ from megatron_dft.flags import evaluation
 
 def _args(**given):
     values = dict(valid_data=["v"], valid_share=0.0, train_iters=400, train_samples=None,
-                  global_batch_size=8, eval_interval=1000)  # fmt: skip
+                  train_epochs=None, global_batch_size=8, eval_interval=1000)  # fmt: skip
     return SimpleNamespace(**values | given)
 
 
@@ -20,6 +20,7 @@ def _args(**given):
         (dict(train_iters=405), {}, 41),
         (dict(train_iters=30), {}, 10),
         (dict(train_iters=None, train_samples=1600), {}, 20),
+        (dict(train_iters=None, train_epochs=2.0), {}, evaluation.OPEN),
         (dict(eval_interval=7), dict(eval_interval=7), 7),
         (dict(valid_data=None), {}, 1000),
         (dict(valid_data=None, valid_share=0.1), {}, 40),

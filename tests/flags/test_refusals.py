@@ -25,6 +25,17 @@ CASES = {
     ),
     "no data": (dict(train_data=None), ["--train-data"]),
     "no steps": (dict(train_iters=None), ["--train-iters"]),
+    "two lengths": (dict(train_epochs=2), ["--train-epochs 2", "--train-iters 5", "drop one"]),
+    "no epoch": (dict(train_iters=None, train_epochs=0), ["--train-epochs", "above 0"]),
+    "a warm-up longer than the epochs": (
+        dict(train_iters=None, train_epochs=1, lr_warmup_iters=6, lr_decay_style="cosine"),
+        ["--lr-warmup-iters", "shorter than --train-iters 6", "got 6"],
+    ),
+    "a column without a name": (dict(columns=["question"]), ["--columns", "NAME=COLUMN"]),
+    "shares in the order of the files": (
+        dict(no_shuffle=True, train_data="epochs=2:CHATS"),
+        ["--no-shuffle", "--train-data", "drop them"],
+    ),
     "no learning rate": (dict(lr=None), ["--lr"]),
     "row longer than the model's positions": (
         dict(seq_length=256),
@@ -101,7 +112,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_in_one_line(case, tiny_model, chats):
     given, words = CASES[case]
-    ((status, text),) = refused(1, flags(tiny_model, chats, **given))
+    words_given = flags(tiny_model, chats, **given)
+    ((status, text),) = refused(1, [w.replace("CHATS", str(chats)) for w in words_given])
     assert status == 2, text
     line = text.strip().splitlines()[-1]
     assert "Traceback" not in text

@@ -121,6 +121,12 @@ def test_evaluation_is_plain_cross_entropy(tiny_model, chats, tmp_path):
     assert "dft loss validation" not in logged
 
 
+def test_epochs_are_steps_of_the_data(tiny_model, chats):
+    """48 rows, 8 a step: an epoch and a quarter is 60 rows, so 8 steps, the last one whole."""
+    found = run_train(2, *flags(tiny_model, chats, train_iters=None, train_epochs=1.25))
+    assert len(found) == 8
+
+
 def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, chats, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
