@@ -24,6 +24,14 @@ CASES = {
         ["--normalization", "RMSNorm", "got LayerNorm"],
     ),
     "no data": (dict(train_data=None), ["--train-data"]),
+    "a save that is not asynchronous": (
+        dict(save="/tmp/none", async_save=True),
+        ["--async-save", "--use-persistent-ckpt-worker"],
+    ),
+    "a writer process on a CPU": (
+        dict(save="/tmp/none", async_save=True, use_persistent_ckpt_worker=True),
+        ["--async-save", "needs CUDA", "drop it"],
+    ),
     "no steps": (dict(train_iters=None), ["--train-iters"]),
     "two lengths": (dict(train_epochs=2), ["--train-epochs 2", "--train-iters 5", "drop one"]),
     "no epoch": (dict(train_iters=None, train_epochs=0), ["--train-epochs", "above 0"]),
