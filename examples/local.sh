@@ -46,8 +46,8 @@ procs=$(whole PROCS_PER_NODE "${PROCS_PER_NODE:-$gpus}") || exit
 [ "$procs" -gt 0 ] || die "no GPU here: add --device cpu and say how many ranks, PROCS_PER_NODE=4"
 
 command=(
-    "${PYTHON:-$home/.venv/bin/python}" -m megatron_dft.compat.loopback --nproc-per-node "$procs"
-    -m megatron_dft.train --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints"
+    "${PYTHON:-$home/.venv/bin/python}" -m megatron_dft.cli train --nproc-per-node "$procs"
+    --megatron-log "$RUN_DIR/megatron.log" --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints"
     --save-hf "$RUN_DIR/hf" --overwrite --stop-file "$RUN_DIR/stop" "${TRAIN_ARGS[@]}" "$@"
 )
 hide "${command[@]}"
@@ -56,7 +56,7 @@ if [ "$dry_run" = 1 ]; then
     exit
 fi
 mkdir -p "$RUN_DIR"
-# torchrun takes this process over: the run ends the ownership by its own end.
+# The launcher takes this process over: the run ends the ownership by its own end.
 own "$RUN_DIR"
 rm -f "$RUN_DIR/stop"
 (umask 077 && rm -f "$RUN_DIR"/{command,config.sh} && echo "${shown[*]}" >"$RUN_DIR/command" &&

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tables import open_dataset
@@ -26,7 +27,7 @@ _SETTLED_SECONDS = 2.0
 
 
 def store_parts(
-    source: Source, spec: EncoderSpec, data_format: str | None, cache: Path | None
+    source: Source, spec: EncoderSpec, reading: Reading, cache: Path | None
 ) -> dict[str, Any]:
     """All that decides a source's tokens, as hashes and short values: same parts, same tokens.
 
@@ -40,13 +41,13 @@ def store_parts(
         "version": VERSION,
         "kind": source.kind,
         "content": digest(content),
-        "format": data_format,
         "tokenizer": digest(spec.tokenizer_json),
         "chat_template": digest(dict(spec.templates)),
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
         "chat_drops": spec.drops,
+        **reading.identity(),
     }
 
 

@@ -14,8 +14,9 @@ from megatron_dft.data.batches import RowBatch, Unreadable
 from megatron_dft.data.chat_mask import Rendered
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.encode import ChatEncoder, Encoded
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.row_values import shown
-from megatron_dft.data.schema import NothingToTrain, parse_row
+from megatron_dft.data.schema import NothingToTrain
 from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import Block
 
@@ -45,18 +46,15 @@ class Result:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | None) -> Result:
-    """Tokenises a batch; rows that cannot be trained on come back in `bad`, in order.
-
-    data_format None recognises each row by its columns.
-    """
+def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> Result:
+    """Tokenises a batch; rows that cannot be trained on come back in `bad`, in order."""
     rendered: list[Rendered] = []
     numbers: list[int] = []
     bad: list[BadRow] = []
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
     for number, raw in zip(batch.numbers, batch.rows, strict=True):
         try:
-            conversation = parse_row(decode_row(raw), data_format)
+            conversation = reading.parse(decode_row(raw))
             texts = encoder.render(conversation)
         except NothingToTrain:
             _count(counts, ZERO_WEIGHT)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
+from megatron_dft.data.reading import parse_columns
 from megatron_dft.data.schema import FORMATS
 from megatron_dft.data.spec import DROPS, REWRITES
 
@@ -26,18 +27,19 @@ def add_arguments(group: Any) -> None:
         nargs="+",
         metavar="[W:]PATH",
         default=None,
-        help="training conversations: .jsonl(.gz|.zst) or .parquet files, directories of them, data"
-        " sets that `datasets` saved, or hub names (org/name or org/name@split); with weights "
-        "(0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these proportions, with "
-        "cap=1000:a.jsonl at most so many of an item, with epochs=2:b.parquet each of them so many "
-        "times; 0.7,cap=1000:a.jsonl is both",
+        help="training conversations: .jsonl(.gz|.zst), .parquet or .csv files, directories of "
+        "them, data sets that `datasets` saved, or hub names (org/name or org/name@split); with "
+        "weights (0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these "
+        "proportions, with cap=1000:a.jsonl at most so many of an item, with epochs=2:b.parquet "
+        "each of them so many times; 0.7,cap=1000:a.jsonl is both",
     )
     add(
         "--valid-data",
         nargs="+",
         metavar="PATH",
         default=None,
-        help="conversations to evaluate on, each once per evaluation, in file order",
+        help="conversations to evaluate on, each once per evaluation, in file order, ten times "
+        "a run; --eval-interval and --eval-iters change that",
     )
     add(
         "--valid-share",
@@ -53,6 +55,26 @@ def add_arguments(group: Any) -> None:
         choices=FORMATS,
         default=None,
         help="layout of the rows; recognised by their columns where it is not given",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        default=[],
+        help="where the rows have other names: prompt=question completion=answer trains text as it "
+        "stands, instruction=question output=answer puts it through the chat template; also "
+        "messages=, conversations=, input=, history=, system=, tools=, weight=",
+    )
+    add(
+        "--mask-history",
+        action="store_true",
+        help="of each conversation the last assistant turn trains alone, those before are context",
+    )
+    add(
+        "--max-samples",
+        type=_whole_number,
+        metavar="N",
+        help="read the first N rows of each item alone: a trial run",
     )
     # Megatron's own parser has this flag already, with the same meaning here.
     if "--chat-template" not in group._option_string_actions:
@@ -99,6 +121,12 @@ def add_arguments(group: Any) -> None:
         "behind the last whole assistant turn that fits; always counted",
     )
     add(
+        "--no-shuffle",
+        action="store_true",
+        help="train in the order of the items and their rows, in every epoch; packing moves a "
+        "conversation by at most a thousand rows",
+    )
+    add(
         "--no-packing",
         action="store_true",
         help="one conversation a row, padded, instead of as many as fit",
@@ -127,7 +155,7 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--data-workers",
-        type=_workers,
+        type=_whole_number,
         default=None,
         metavar="N",
         help="tokenising processes; default: one a core",
@@ -142,11 +170,6 @@ def check(args: argparse.Namespace) -> None:
     if not args.train_data and not args.skip_train:
         raise ValueError(
             "--train-data: expected at least one file of conversations, got none; name one"
-        )
-    if args.eval_iters and not args.valid_data and not args.valid_share:
-        raise ValueError(
-            f"--eval-iters {args.eval_iters}: needs --valid-data, "
-            "got none; give it (or --valid-share) or drop the flag"
         )
 
 
@@ -188,6 +211,10 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         rewrites=args.chat_rewrites,
         drops=args.chat_drops,
         valid_share=args.valid_share,
+        columns=parse_columns(args.columns),
+        mask_history=args.mask_history,
+        max_samples=args.max_samples,
+        in_order=args.no_shuffle,
         workers=args.data_workers,
     )
 
@@ -231,7 +258,7 @@ def _max_bad_rows(text: str) -> float:
     return value
 
 
-def _workers(text: str) -> int:
+def _whole_number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

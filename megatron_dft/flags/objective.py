@@ -1,6 +1,7 @@
 """Flags of the loss: the objective and its parameters, its reach, and what it is compared with."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_dft.data.spec import KIND_END, KIND_WRITTEN
@@ -55,6 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAMBDA",
         help="add LAMBDA · KL(reference ‖ model) over the vocabulary to any objective's token loss",
     )
+
+
+def line(argv: Sequence[str], objective: Objective) -> str:
+    """What a run is trained on, and whether somebody chose it."""
+    name = objective.name
+    values = "".join(f", {key} {value}" for key, value in objective.values.items())
+    said = f"loss: {name} ({registry.OBJECTIVES[name].source}{values})"
+    if any(word.split("=")[0] == "--loss" for word in argv):
+        return said
+    return f"{said}, the default; --loss sft is plain cross entropy"
 
 
 def compares(args: argparse.Namespace, objective: Objective) -> bool:

@@ -43,7 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--progress",
         choices=("auto", "rich", "plain", "off"),
         default="auto",
-        help="our progress line beside Megatron's log; auto is rich on a terminal, else plain",
+        help="a line a step on the terminal; auto is rich on a terminal, else plain; off leaves "
+        "the steps to Megatron's log",
+    )
+    group.add_argument(
+        "--megatron-log",
+        metavar="FILE",
+        help="where everything goes that is not ours: Megatron's arguments and lines, and warnings "
+        "of libraries; - is the terminal. Default: megatron.log in --save or beside --save-hf, a "
+        "temporary file where nothing is saved",
     )
 
 

@@ -19,6 +19,7 @@ class Settings:
                           stored scores serve
     weighs_normalizer     a step's loss is divided by the sum of the data's weights, else by the
                           number of supervised tokens
+    whole_evaluation      each evaluation reads the validation data once, all of it
     full_weight           bits of the rows' token_kinds: tokens of these kinds take weight 1
     reference_scores      directory of a reference's stored log-probabilities, which the training
                           rows then carry
@@ -31,6 +32,7 @@ class Settings:
     reference_checkpoint: HFCheckpoint | None = None
     reference_scores: str | None = None
     full_weight: int = 0
+    whole_evaluation: bool = False
     weighs_normalizer: bool = False
 
 

@@ -23,6 +23,7 @@ PLAIN = registry.get("sft")
 FIGURES = StepFigures()
 # Names of the items of --train-data, for the losses of each; training/data_provider.py fills it.
 SOURCES: list[str] = []
+VALID_SOURCES: list[str] = []  # of --valid-data
 # log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
 _ROUNDING = 0.01
 
@@ -79,9 +80,11 @@ def loss_func(
     _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
     compared = (correct, found.get("kl"), batch.ends)
     figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
-    sources = None if batch.source_ids is None else (batch.source_ids, SOURCES)
+    items = SOURCES if batch.training else VALID_SOURCES
+    sources = None if batch.source_ids is None else (batch.source_ids, items)
     if not batch.training:
-        return loss, batch.loss_mask.sum().to(torch.int), loss_report(None, *figures)
+        report = loss_report(None, *figures, sources=sources)
+        return loss, batch.loss_mask.sum().to(torch.int), report
     names, sums = token_figures(settings().objective.name, *figures, sources=sources)
     FIGURES.add(names, sums)
     # Megatron reduces each key of the report over all ranks in each step: this one alone is given.

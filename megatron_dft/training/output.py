@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
 
+from megatron_dft import terminal
 from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
@@ -64,7 +65,7 @@ class Output:
         """The export at the end of training, and whether the model has learnt to stop."""
         warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
         if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
-            print(f"> warning: {warning}", flush=True)
+            terminal.say(f"> warning: {warning}")
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
@@ -138,7 +139,7 @@ class Output:
             chat=trained_chat(self.args),
         )
         if dist.get_rank() == 0:
-            print(f"> Hugging Face checkpoint: {path}", flush=True)
+            terminal.say(f"> Hugging Face checkpoint: {path}")
 
     def _card(self, metrics: dict[str, float]) -> str:
         checkpoint, objective = settings().checkpoint, settings().objective

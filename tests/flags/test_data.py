@@ -21,14 +21,16 @@ def test_the_flags_are_options_of_a_data_set(tmp_path, monkeypatch):
         "--data-errors", "skip", "--max-bad-rows", "3", "--data-cache", str(tmp_path),
         "--chat-template-args", '{"enable_thinking": false}', "--template-date", "2024-07-26",
         "--chat-rewrites", "refuse", "--data-format", "alpaca", "--data-workers", "2",
-        "--chat-drops", "warn",
+        "--chat-drops", "warn", "--columns", "output=answer", "instruction=question",
+        "--mask-history", "--max-samples", "5", "--no-shuffle",
     )  # fmt: skip
     options = flags.dataset_options(args)
     assert options == dict(
         packing=False, overlong="truncate", errors="skip", max_bad_rows=3.0, cache_dir=tmp_path,
         data_format="alpaca", template_args={"enable_thinking": False},
         template_date="2024-07-26", rewrites="refuse", workers=2,
-        drops="warn", valid_share=0.0,
+        drops="warn", valid_share=0.0, mask_history=True, max_samples=5, in_order=True,
+        columns=(("instruction", "question"), ("output", "answer")),
     )  # fmt: skip
     assert set(options) <= {field.name for field in dataclasses.fields(DatasetOptions)}
     assert args.train_data == ["0.5:a.jsonl", "2:b.parquet"]
