@@ -21,6 +21,23 @@ plain_name() {
     echo "${name:0:100}"
 }
 
+# mounts PATH…: A:A,B:B for --container-mounts, of those that exist here. A weight before a path is left out; of a link
+# its end is mounted too, of a model in the hub's cache the folder that its links lead into.
+mounts() {
+    local path place found=,
+    for path; do
+        [[ $path != *:/* ]] || path=/${path#*:/}
+        [ -n "$path" ] && [ -e "$path" ] || continue
+        for place in "$(realpath -s "$path")" "$(realpath "$path")"; do
+            place=${place%/snapshots/*}
+            [[ $place != *[,:]* ]] || die "$place: cannot be mounted: its name has a comma or a colon"
+            [[ $found == *",$place:$place,"* ]] || found+=$place:$place,
+        done
+    done
+    found=${found#,}
+    echo "${found%,}"
+}
+
 # hide WORD…: fills `shown` with the words of a command as a shell takes them. A key, a password, a URL with
 # one: each is replaced by a variable, exported here, so that it is written nowhere and the command still runs.
 declare -a shown

@@ -159,8 +159,10 @@ class Output:
 def _command(args: Any, checkpoint: HFCheckpoint) -> str:
     """The launch of this run as a shell takes it elsewhere: no key in it, no path of this one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    nodes = ["--nnodes", str(args.world_size // here)] if args.world_size > here else []
-    launch = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "megatron_dft.train"]
+    launch = ["megatron-dft", "train", "--nproc-per-node", str(here)]
+    if args.world_size > here:
+        nodes = ["--nnodes", str(args.world_size // here), "--nproc-per-node", str(here)]
+        launch = ["torchrun", *nodes, "-m", "megatron_dft.train"]
     base = args.hf_base_model or hub_name(checkpoint)[0]
     words = portable(sys.argv[1:], {checkpoint.name: base} if base else None)
     return masked_line([*launch, *words])
