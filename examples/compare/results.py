@@ -9,6 +9,7 @@ import claims
 import curves
 import verdicts
 from report import markdown_table, summary
+from sizes import command
 
 # field → (column, format)
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -64,6 +65,7 @@ def collect(run: Any, sweep: dict[str, dict[float, float]]) -> dict[str, Any]:
     return {
         "format": 1,
         "settings": run.set.__dict__,
+        "command": command(run.set),
         "not_run": run.not_run,
         "base": measured[0]["base"],
         "matched_score": score,
@@ -157,6 +159,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"on {chosen['test_problems']} additions that no training has seen. {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}: mean ± sample standard deviation.",
         *([f"Left out: {left_out}."] if left_out else []),
+        f"Made by `{found['command']}`.",
         "![greedy accuracy along the curves](RESULTS.png)",
         "## At the end of training",
         "Sampled: the probability that an answer drawn at temperature 1 is right, exactly. KL on "

@@ -40,6 +40,18 @@ QUICK = Settings(
 )  # fmt: skip
 
 
+FLAGS = ("seeds", "rates", "iterations", "population")
+
+
+def command(settings: Settings) -> str:
+    """What gives this size, where it came of flags."""
+    quick = settings.snapshots == QUICK.snapshots
+    usual = QUICK if quick else Settings()
+    given = {flag: getattr(settings, flag) for flag in FLAGS}
+    words = [f"--{f} {v}" for f, v in given.items() if v != getattr(usual, f)]
+    return " ".join(["python examples/compare/compare.py", *(["--quick"] * quick), *words])
+
+
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -56,14 +68,8 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> Settings:
     """The chosen size. Raises ValueError, one line, for what cannot be run."""
     chosen = asdict(QUICK if args.quick else Settings())
-    for flag, least in (
-        ("jobs", 1),
-        ("seeds", 1),
-        ("rates", 1),
-        ("iterations", 1),
-        ("population", 2),
-    ):
-        value = getattr(args, flag)
+    for flag in ("jobs", *FLAGS):
+        value, least = getattr(args, flag), 2 if flag == "population" else 1
         if value is not None and value < least:
             raise ValueError(f"--{flag}: expected {least} or more, got {value}")
         if value is not None and flag in chosen:

@@ -171,6 +171,12 @@ def test_the_report_holds_every_methods_curve(toy):
     assert runner.calls.count("es") == 2 and runner.calls.count("measure") == 1
 
 
+def test_the_command_is_what_gives_the_size():
+    for words in ([], ["--seeds", "2", "--population", "4"], ["--quick", "--iterations", "4"]):
+        size = sizes.settings_of(sizes.parse("", words))
+        assert sizes.command(size).split()[2:] == words
+
+
 def test_mistakes_are_one_line(capsys):
     for words, said in (
         (["--seeds", "0"], "--seeds: expected 1 or more"),
