@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 USER_ERROR = 2
-FLAG = "--nproc-per-node"
+FLAG, NODES, DRY_RUN = "--nproc-per-node", "--nnodes", "--dry-run"
 # A rank that leaves in agreement with the others: they come to the same end by themselves.
 _AGREED = (0, USER_ERROR, 65, 75)
 _AGREED_SECONDS, _CRASH_SECONDS = 120.0, 5.0
@@ -38,7 +38,9 @@ def run(module: str, words: Sequence[str]) -> int:
 
     Raises ValueError for a number of ranks that this machine cannot have.
     """
-    count, rest = take_count(words)
+    if DRY_RUN in words:
+        _dry_run([word for word in words if word != DRY_RUN])
+    count, rest = take(FLAG, words)
     command = [sys.executable, "-m", module, *rest]
     if "RANK" in os.environ:
         if count is not None:
@@ -54,13 +56,26 @@ def run(module: str, words: Sequence[str]) -> int:
     raise AssertionError  # execve does not return
 
 
-def take_count(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(value of --nproc-per-node or None, the other words)."""
+def _dry_run(words: Sequence[str]) -> None:
+    """Become the first rank of the run that the words describe, which checks and ends."""
+    count, rest = take(FLAG, words)
+    nodes, rest = take(NODES, rest)
+    for flag, value in ((FLAG, count), (NODES, nodes)):
+        if value is not None and (not value.isdigit() or int(value) < 1):
+            raise ValueError(f"{flag}: expected a whole number above 0, got {value!r}")
+    local, every = int(count or 1), int(nodes or 1)
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": local * every, "LOCAL_WORLD_SIZE": local}
+    command = [sys.executable, "-m", "megatron_dft.commands.dry_run", *rest]
+    os.execve(sys.executable, command, os.environ | {k: str(v) for k, v in ranks.items()})
+
+
+def take(flag: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(value of a flag or None, the other words)."""
     count, rest = None, []
     given = iter(words)
     for word in given:
         name, _, value = word.partition("=")
-        if name.replace("_", "-") != FLAG:
+        if name.replace("_", "-") != flag:
             rest.append(word)
         else:
             count = value or next(given, "")

@@ -104,6 +104,7 @@ def test_a_number_of_ranks_that_cannot_be(tmp_path, words, environment, said):
 
 
 def test_the_flag_is_taken_out_of_the_words():
-    assert launcher.take_count(["--a", "--nproc-per-node", "4", "b"]) == ("4", ["--a", "b"])
-    assert launcher.take_count(["--nproc_per_node=gpu"]) == ("gpu", [])
-    assert launcher.take_count(["--a"]) == (None, ["--a"])
+    flag = launcher.FLAG
+    assert launcher.take(flag, ["--a", "--nproc-per-node", "4", "b"]) == ("4", ["--a", "b"])
+    assert launcher.take(flag, ["--nproc_per_node=gpu"]) == ("gpu", [])
+    assert launcher.take(flag, ["--a"]) == (None, ["--a"])
