@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
+    "compare": ("megatron_dft.commands.compare", "the runs of a sweep side by side"),
     "score": (
         "megatron_dft.commands.score",
         "a reference's log-probabilities, for iw-sft, psft",
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),
     "evaluate": ("megatron_dft.commands.evaluate", "pass@1, Avg@k, maj@k of checkpoints on sets"),
+    "es": ("megatron_dft.commands.es", "evolution strategies, rewarded by a verifier"),
     "plan": ("megatron_dft.commands.plan", "layouts and memory for a job"),
     "preflight": ("megatron_dft.commands.preflight", "check the nodes of an allocation"),
     "patch": ("megatron_dft.commands.patch", "put --loss into a stock Megatron-LM checkout"),

@@ -28,18 +28,18 @@ class Bounded:
     """
 
     def __init__(self) -> None:
-        self._entered, self._memory = 0, 0
+        self._entered = 0
         self._times = threading.current_thread() is threading.main_thread()
         if self._times:
             signal.signal(signal.SIGVTALRM, _ring)
 
     def __enter__(self) -> None:
         if self._entered % _BLOCKS_A_READING == 0:
-            self._memory = _data_bytes() + MEMORY
+            self._before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            most = _data_bytes() + MEMORY
+            self._within = (most if soft == resource.RLIM_INFINITY else min(most, soft), hard)
         self._entered += 1
-        self._before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft == resource.RLIM_INFINITY or self._memory < soft:
-            resource.setrlimit(resource.RLIMIT_DATA, (self._memory, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, self._within)
         if self._times:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
 

@@ -150,6 +150,11 @@ def get(name: str, **parameters: float | str) -> Objective:
     return Objective(name, entry, values)
 
 
+def named(objective: Objective | str) -> Objective:
+    """The objective itself, or the one of that name with its default parameters."""
+    return get(objective) if isinstance(objective, str) else objective
+
+
 def add_arguments(group: Any, default: str = "dft") -> None:
     """Add --loss and a flag for every parameter to an argparse parser or argument group."""
     group.add_argument(

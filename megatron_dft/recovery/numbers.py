@@ -42,7 +42,9 @@ class NumberCheck:
 
     def note(self, result: Any, rejected: Callable[[Any], Any], message: str) -> None:
         """Remember a result's verdict; it stays on the device until `agree` reads it."""
-        verdict = torch.as_tensor(rejected(result), device="cuda").any()
+        # Not "cuda": inside a recomputed layer's backward the CPU runtime hears of no placement.
+        device = torch.cuda.current_device()
+        verdict = torch.as_tensor(rejected(result), device=device).any()
         # Without a synchronisation: reading it here would wait for every micro-batch's forward.
         self._verdicts.append((verdict, message.strip() or f"unexpected result {result}"))
 

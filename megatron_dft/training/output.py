@@ -1,5 +1,6 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from megatron_dft.compat.loop import after_training_step, on_training_log, sync_
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.hf.portable import hub_name, portable
 from megatron_dft.hf.secrets import masked_line
+from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.losses.report import CROSS_ENTROPY, ROWS_DROPPED
 from megatron_dft.step.chunked_head import row_filter
 from megatron_dft.step.loss import FIGURES
@@ -148,8 +151,19 @@ class Output:
             parameters={**objective.values, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
-            command=masked_line(sys.argv),
+            command=_command(self.args, checkpoint),
+            base_model=self.args.hf_base_model,
         )
+
+
+def _command(args: Any, checkpoint: HFCheckpoint) -> str:
+    """The launch of this run as a shell takes it elsewhere: no key in it, no path of this one."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    nodes = ["--nnodes", str(args.world_size // here)] if args.world_size > here else []
+    launch = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "megatron_dft.train"]
+    base = args.hf_base_model or hub_name(checkpoint)[0]
+    words = portable(sys.argv[1:], {checkpoint.name: base} if base else None)
+    return masked_line([*launch, *words])
 
 
 def _content(source: str) -> str:

@@ -55,6 +55,19 @@ CASES = {
     "Megatron's own SFT": (dict(sft=True), ["--sft", "--train-data"]),
     "a dtype for nothing": (dict(save_hf_interval=2), ["--save-hf-interval", "--save-hf"]),
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
+    "an object store": (dict(enable_msc=True), ["--enable-msc", "file system", "copy finished"]),
+    "a URL for checkpoints": (
+        dict(save="msc://store/run", save_interval=1),
+        ["--save: expected a directory", "msc://store/run"],
+    ),
+    "a card's base that no hub has": (
+        dict(save_hf="out", hf_base_model="/m/qwen"),
+        ["--hf-base-model", "ORG/NAME", "/m/qwen"],
+    ),
+    "a card's base without a card": (
+        dict(hf_base_model="org/qwen"),
+        ["--hf-base-model", "--save-hf"],
+    ),
     "a flag that Megatron refuses": (dict(lr_warmup_fraction=0.1, lr_warmup_iters=3), ["warmup"]),
     "evaluation without data": (dict(eval_iters=2), ["--eval-iters", "--valid-data"]),
     "an interval without data": (dict(eval_interval=5), ["--eval-interval 5", "--valid-data"]),

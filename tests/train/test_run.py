@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dft.drift.run_log import read_runs
 from tests.train.launch import flags, largest_relative_error, run_train, scalars, weights
 
 SEQ = 64
@@ -119,6 +120,12 @@ def test_evaluation_is_plain_cross_entropy(tiny_model, chats, tmp_path):
     assert logged["lm loss validation"] == pytest.approx(float(sums[0] / sums[1]), abs=1e-4)
     assert 0 < logged["dft/end-prob validation"] < 1
     assert "dft loss validation" not in logged
+    # What `megatron-dft compare` reads of Megatron's own event file.
+    (run,) = read_runs([log])
+    assert run.settings["loss"] == "dft" and run.number("lr") == 1e-9 and run.step == 5
+    assert run.figures["lm loss validation"][5] == logged["lm loss validation"]
+    assert {"lm loss", "dft/mean-prob validation", "dft/token-accuracy validation", "grad-norm",
+            "learning-rate"} <= run.figures.keys()  # fmt: skip
 
 
 def test_epochs_are_steps_of_the_data(tiny_model, chats):
@@ -140,6 +147,7 @@ def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, 
     card = (out / "README.md").read_text()
     for word in ("dft", "2508.05629", "lm loss", chats.name, "0.001"):
         assert word in card, word
+    assert str(tmp_path) not in card and str(tiny_model) not in card
     early, late = weights(tmp_path / "out-step-2"), weights(out)
     assert any(not torch.equal(early[name], late[name]) for name in late)
 
