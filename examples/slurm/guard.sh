@@ -66,6 +66,41 @@ hide() {
     done
 }
 
+# from_here WORD…: fills `anchored` with the words of a training command; its relative paths become those of the
+# directory that it was given in. What a run reads is a path where it is there, else a name of the hub.
+declare -a anchored
+from_here() {
+    local flag='' word before path
+    anchored=()
+    for word; do
+        before='' path=$word
+        if [[ $word == --* ]]; then
+            flag=${word%%=*}
+            if [[ $word != *=* ]]; then
+                anchored+=("$word")
+                continue
+            fi
+            before=$flag= path=${word#*=}
+        fi
+        case $flag in
+            --train-data | --valid-data)
+                # Shares, cap= and epochs= stand before a colon.
+                if [[ ! -e $path && $path =~ ^([^/:]+:)(.+)$ ]]; then
+                    before+=${BASH_REMATCH[1]} path=${BASH_REMATCH[2]}
+                fi
+                [[ $path != /* && -e $path ]] && path=$PWD/$path
+                ;;
+            --hf-model | --dft-reference-model | --dft-reference-scores | --chat-template)
+                [[ $path != /* && -e $path ]] && path=$PWD/$path
+                ;;
+            --save | --load | --save-hf | --data-cache | --tensorboard-dir | --stop-file)
+                [[ $path == /* ]] || path=$PWD/$path
+                ;;
+        esac
+        anchored+=("$before$path")
+    done
+}
+
 # The environment that is kept beside a leg: these names and no others.
 recorded=(
     SLURM_JOB_ID SLURM_JOB_NAME SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT SLURM_NNODES
