@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dft-reference-model",
         metavar="DIR_OR_NAME",
-        help="frozen model for iw-sft, psft, asft and --kl-coeff, held in the same layout; "
-        "default: --hf-model",
+        help="frozen model for iw-sft, psft, asft, target-sft (its teacher), --kl-coeff and "
+        "--dft-weight-from reference, held in the same layout; default: --hf-model",
     )
     group.add_argument(
         "--kl-coeff",
@@ -91,7 +91,7 @@ def _check_reference(args: argparse.Namespace, objective: Objective) -> None:
     if args.dft_reference_model is not None and not compares(args, objective):
         raise ValueError(
             f"--dft-reference-model: --loss {objective.name} compares with nothing; drop it, or "
-            "choose iw-sft, psft, asft or --kl-coeff"
+            "choose iw-sft, psft, asft, target-sft, --kl-coeff or --dft-weight-from reference"
         )
     held = compares(args, objective) and args.dft_reference_scores is None
     if held and has_virtual_stages(args):

@@ -133,6 +133,31 @@ def asft(stats: TokenStats, kl_weight: float) -> Terms:
     return Terms(stats.prob, extra=kl_weight * stats.kl)
 
 
+def target_sft(stats: TokenStats, eta: float) -> Terms:
+    """Cross entropy to Q = p·δ_y + (1 − p)·π̃, π̃ ∝ π_θ^(1−η)·π_T^η (Target-SFT, 2606.11189).
+
+    Q is a constant: the gradient by the logits is softmax − Q. `kl` is KL(π̃ ‖ π_θ), whose gradient
+    is that of the cross entropy to π̃; so the loss reads lower than the paper's by (1 − p)·H(π̃).
+    Tokens of `full_weight` are trusted wholly: Q = δ_y.
+    """
+    assert stats.kl is not None
+    trust = stats.prob
+    if stats.full_weight is not None:
+        trust = torch.where(stats.full_weight.to(torch.bool), 1.0, trust)
+    return Terms(trust, extra=(1.0 - trust) * stats.kl)
+
+
+def idft(stats: TokenStats, beta: float, low: float, high: float) -> Terms:
+    """w = p^γ, γ = clamp(exp(−φ/β), low, high), φ = log p + H (IDFT, 2602.12222).
+
+    φ < 0: the token is less likely than the model's own would be on average, γ > 1 keeps less of
+    its gradient than DFT; φ > 0: γ < 1 keeps more.
+    """
+    assert stats.entropy is not None
+    gamma = (-(stats.log_prob + stats.entropy) / beta).exp().clamp(min=low, max=high)
+    return Terms((gamma * stats.log_prob.clamp(max=0.0)).exp())
+
+
 def eaft(stats: TokenStats, exponent: float) -> Terms:
     """w = (H_top20 / 3)^exponent (2601.02151): a target that the model is sure is wrong fades.
 

@@ -139,7 +139,7 @@ class Output:
         return model_card(
             checkpoint,
             objective=objective.name,
-            parameters={**objective.values, **chosen},
+            parameters={**objective.settings, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
             command=masked_line(sys.argv),

@@ -22,10 +22,19 @@ PARAMETERS: dict[str, dict] = {
     "asft": {"kl_weight": 0.7},
     "eaft": {"exponent": 1.5},
     "deft": {},
+    "idft": {"beta": 0.8, "low": 0.2, "high": 1.6},
+    "target-sft": {"eta": 0.3},
+    "dft/reference": {"weight_from": "reference"},
+    "dft-geometric/reference": {"weight_from": "reference"},
+    "p-alpha/reference": {"weight_from": "reference", "alpha": 0.4},
+    "asft/reference": {"weight_from": "reference", "kl_weight": 0.7},
 }
-P_ONLY = [
-    n for n in PARAMETERS if n not in ("iw-sft", "iw-sft/sequence", "psft", "asft", "eaft", "deft")
-]
+_COMPARED = ("iw-sft", "iw-sft/sequence", "psft", "asft", "eaft", "deft", "idft", "target-sft")
+# Their gradient has p − q in it.
+HAS_KL = ("asft", "asft/reference", "target-sft")
+# One of each kind of statistics, for what is slow: the interpreted kernels.
+KINDS = [n for n in PARAMETERS if not n.endswith("/reference") or n == "dft/reference"]
+P_ONLY = [n for n in PARAMETERS if n not in _COMPARED and not n.endswith("/reference")]
 
 
 def _per_conversation(values: Tensor, segments: Tensor, mask: Tensor, mean: bool) -> Tensor:
@@ -96,6 +105,28 @@ def dense_loss(
         case "asft":
             kl = (ref_log_probs.exp() * (ref_log_probs - log_probs)).sum(-1)
             loss = -p.detach() * log_p + v["kl_weight"] * kl
+        case "idft":
+            entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+            gamma = (-(log_p + entropy) / v["beta"]).exp().clamp(v["low"], v["high"])
+            w = p**gamma
+        case "target-sft":
+            share = v["eta"]
+            guided = log_probs.exp() ** (1 - share) * ref_log_probs.exp() ** share
+            target_q = (1 - p)[:, None] * guided / guided.sum(-1, keepdim=True)
+            target_q = target_q.detach().scatter_add(-1, safe, p.detach().unsqueeze(-1))
+            loss = -(target_q * log_probs).sum(-1)
+            # Reported without the part that is constant.
+            guided = guided / guided.sum(-1, keepdim=True)
+            loss = loss + ((1 - p) * torch.special.xlogy(guided, guided).sum(-1)).detach()
+        case "dft/reference":
+            w = log_ref.exp()
+        case "dft-geometric/reference":
+            w = _per_conversation(log_ref, segments, mask, mean=True).exp()
+        case "p-alpha/reference":
+            w = log_ref.exp() ** v["alpha"]
+        case "asft/reference":
+            kl = (ref_log_probs.exp() * (ref_log_probs - log_probs)).sum(-1)
+            loss = -log_ref.exp().detach() * log_p + v["kl_weight"] * kl
         case "eaft":
             w = (entropy_of_top(log_probs) / 3.0) ** v["exponent"]
         case "deft":
