@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.data.sources import Source
-from megatron_dft.data.spec import EncoderSpec
+from megatron_dft.data.spec import EncoderSpec, Reading
 from megatron_dft.data.tables import open_dataset
 from megatron_dft.storage.files import read_json_object, sha256_of_file, write_whole
 
@@ -36,7 +37,7 @@ def store_parts(
         content = [open_dataset(source)._fingerprint]
     else:
         content = [content_hash(Path(p), cache) for p in source.paths]
-    return {
+    parts = {
         "version": VERSION,
         "kind": source.kind,
         "content": digest(content),
@@ -48,6 +49,10 @@ def store_parts(
         "chat_rewrites": spec.rewrites,
         "chat_drops": spec.drops,
     }
+    # Absent where rows are plain conversations, as in what earlier runs have recorded.
+    if spec.reading != Reading():
+        parts["reading"] = dataclasses.asdict(spec.reading)
+    return parts
 
 
 def digest(value: Any) -> str:

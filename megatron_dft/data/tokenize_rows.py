@@ -14,6 +14,7 @@ from megatron_dft.data.batches import RowBatch, Unreadable
 from megatron_dft.data.chat_mask import Rendered
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.encode import ChatEncoder, Encoded
+from megatron_dft.data.pairs import SIDES, parse_pair
 from megatron_dft.data.row_values import shown
 from megatron_dft.data.schema import NothingToTrain, parse_row
 from megatron_dft.data.spec import SUPERVISED
@@ -56,8 +57,7 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
     for number, raw in zip(batch.numbers, batch.rows, strict=True):
         try:
-            conversation = parse_row(decode_row(raw), data_format)
-            texts = encoder.render(conversation)
+            conversations, texts = _texts(decode_row(raw), data_format, encoder)
         except NothingToTrain:
             _count(counts, ZERO_WEIGHT)
             continue
@@ -67,27 +67,60 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
         except RecursionError:
             bad.append(BadRow(batch.file, number, "its values are nested too deep"))
             continue
-        counts["per_turn_rows"] += len(texts) > 1
-        if conversation.notes or conversation.unread:
-            _count_notes(counts, conversation, encoder)
+        counts["per_turn_rows"] += len(texts) > len(conversations)
+        for conversation in conversations[:1]:  # what is said of one side is true of the other
+            if conversation.notes or conversation.unread:
+                _count_notes(counts, conversation, encoder)
         rendered.extend(texts)
         numbers.extend([number] * len(texts))
     pieces: list[Encoded] = []
     for start in range(0, len(rendered), _ENCODE_BATCH):
         pieces.extend(encoder.encode_weighted(rendered[start : start + _ENCODE_BATCH]))
     kept, kept_numbers = [], []
-    for number, piece in zip(numbers, pieces, strict=True):
-        # The first token is never predicted, so one token alone has nothing to learn from.
-        if len(piece.flagged) >= 2 and bool((piece.flagged[1:] & SUPERVISED).any()):
-            kept.append(piece)
-            kept_numbers.append(number)
+    size = 2 if encoder.reading.kind == "pairs" else 1
+    for start in range(0, len(pieces), size):
+        group, number = pieces[start : start + size], numbers[start]
+        reason = _nothing_in(group)
+        if reason is None:
+            kept += group
+            kept_numbers += [number] * size
         else:
-            bad.append(BadRow(batch.file, number, "its assistant turns hold no token"))
+            bad.append(BadRow(batch.file, number, reason))
     bad.sort(key=lambda b: b.number)
     counts["bad_rows"] = len(bad)
     for row in bad:
         _count(counts, REASON + reason_kind(row.reason))
     return Result(_block(batch.file, kept, kept_numbers, counts), bad)
+
+
+def _texts(
+    row: Any, data_format: str | None, encoder: ChatEncoder
+) -> tuple[list[Conversation], list[Rendered]]:
+    """A row's conversations, two of a pair, and the texts to train on; RowError as they raise."""
+    if encoder.reading.kind != "pairs":
+        conversation = parse_row(row, data_format, encoder.reading)
+        return [conversation], encoder.render(conversation)
+    sides, texts = list(parse_pair(row)), []
+    for name, side in zip(SIDES, sides, strict=True):
+        rendered = encoder.render(side)
+        if len(rendered) > 1:
+            raise RowError(
+                f"{name}: the chat template rewrites an earlier turn when a later one follows, and "
+                "an answer of a pair is one text; keep one turn in it"
+            )
+        texts += rendered
+    return sides, texts
+
+
+def _nothing_in(group: Sequence[Encoded]) -> str | None:
+    """Why a conversation, or both of a pair, teach nothing; None where they do."""
+    for piece in group:
+        # The first token is never predicted, so one token alone has nothing to learn from.
+        if len(piece.flagged) < 2 or not bool((piece.flagged[1:] & SUPERVISED).any()):
+            return "its assistant turns hold no token"
+    if len(group) == 2 and np.array_equal(group[0].flagged, group[1].flagged):
+        return "chosen and rejected are the same"
+    return None
 
 
 def _block(file: int, kept: list[Encoded], numbers: list[int], counts: dict[str, int]) -> Block:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.schema import FORMATS
-from megatron_dft.data.spec import DROPS, REWRITES
+from megatron_dft.data.spec import DROPS, REWRITES, Reading
 
 DEFAULT_MAX_BAD_ROWS = 0.001
+WRONG_REWARD = -0.2
 
 
 def add_arguments(group: Any) -> None:
@@ -97,6 +99,20 @@ def add_arguments(group: Any) -> None:
         default="refuse",
         help="conversations that do not fit --seq-length: refuse to start, drop them, or cut them "
         "behind the last whole assistant turn that fits; always counted",
+    )
+    add(
+        "--reward-weights",
+        action="store_true",
+        help="multiply each row's weight by its reward, as `megatron-dft verify` writes it; rows "
+        "of reward 0 are left out; --loss rift takes rewards by itself",
+    )
+    add(
+        "--wrong-reward",
+        type=float,
+        default=None,
+        metavar="R",
+        help="--loss rift: what a row of reward 0, a wrong answer, counts as; default: -0.2 (arXiv "
+        "2601.09253), 0 leaves such rows out",
     )
     add(
         "--no-packing",
@@ -189,7 +205,25 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         drops=args.chat_drops,
         valid_share=args.valid_share,
         workers=args.data_workers,
+        reading=_reading(args),
     )
+
+
+def _reading(args: argparse.Namespace) -> Reading:
+    """What rows are under --loss; without that flag (inspect-data's default) conversations."""
+    loss = getattr(args, "loss", None)
+    if args.wrong_reward is not None and loss != "rift":
+        raise ValueError(f"--wrong-reward: belongs to --loss rift, got --loss {loss}; drop it")
+    if args.reward_weights and loss in ("rift", "dpo"):
+        raise ValueError(f"--reward-weights: has no meaning under --loss {loss}; drop it")
+    if loss == "dpo":
+        return Reading("pairs")
+    if loss == "rift":
+        wrong = WRONG_REWARD if args.wrong_reward is None else args.wrong_reward
+        if not -math.inf < wrong <= 0:
+            raise ValueError(f"--wrong-reward: expected at most 0, got {wrong:g}; -0.2 is usual")
+        return Reading("rewarded", wrong)
+    return Reading("weighted") if args.reward_weights else Reading()
 
 
 def _template_args(text: str) -> Mapping[str, Any]:

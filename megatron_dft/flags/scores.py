@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("reference scores").add_argument(
         FLAG,
         metavar="DIR",
-        help="log-probabilities of the reference for iw-sft, psft and --dft-weight-from reference, "
-        "written by megatron_dft.score: read beside the data, no frozen model is held",
+        help="log-probabilities of the reference for iw-sft, psft, dpo and --dft-weight-from "
+        "reference, written by megatron_dft.score: read beside the data, no frozen model is held",
     )
 
 
@@ -110,6 +110,6 @@ def check_training(args: argparse.Namespace, objective: Objective) -> None:
     if "reference_log_prob" not in objective.needs:
         raise ValueError(
             f"{FLAG}: --loss {objective.name} compares with nothing; drop it, or choose iw-sft, "
-            "psft or --dft-weight-from reference"
+            "psft, dpo or --dft-weight-from reference"
         )
     ReferenceScores(args.dft_reference_scores)

@@ -24,7 +24,7 @@ tensor([-0.6065, -0.1353,  0.0000])
 import argparse
 from typing import Any
 
-from megatron_dft.losses import objectives
+from megatron_dft.losses import objectives, pairs
 from megatron_dft.losses.weighting import WEIGHT_SOURCES, Entry, Objective, Parameter
 
 
@@ -143,6 +143,34 @@ OBJECTIVES: dict[str, Entry] = {
         needs=("entropy_top20",),
     ),
     "deft": _row(objectives.deft, "2602.11424", needs=("sum_sq_prob",)),
+    "rift": _row(
+        objectives.rift,
+        "2601.09253",
+        _P(
+            "level",
+            "--dft-rift-level",
+            "token",
+            "whose p a negative reward pushes down: each token's, or the answer's product",
+            choices=("token", "sequence"),
+        ),
+        needs=("reward",),
+    ),
+    "dpo": _row(
+        pairs.dpo,
+        "2305.18290",
+        _P("beta", "--dpo-beta", 0.1, "β, above 0: how little the model may leave the base", 1e-6),
+        _P("label_smoothing", "--dpo-label-smoothing", 0.0, "ε: share of wrong pairs", 0.0, 0.5),
+        _P(
+            "log_probs",
+            "--dpo-log-probs",
+            "sum",
+            "an answer's log-probability: the sum over its tokens, or length-normalised",
+            choices=("sum", "mean"),
+        ),
+        needs=("reference_log_prob",),
+        per_conversation=True,
+        per_pair=True,
+    ),
 }
 # iw-sft's paper gives each level its own clamp.
 _IW_SEQUENCE_CLAMP = {"low": 0.0, "high": 16.0}
@@ -165,7 +193,7 @@ def get(name: str, *, weight_from: str = "model", **parameters: float | str) -> 
             f"--loss {name}: has the parameters {sorted(known) or 'none'}, got {unknown[0]!r}"
         )
     values = {key: p.checked(parameters.get(key, p.default)) for key, p in known.items()}
-    if values.get("level") == "sequence":
+    if name == "iw-sft" and values["level"] == "sequence":
         values.update({k: v for k, v in _IW_SEQUENCE_CLAMP.items() if k not in parameters})
     elif "temperature" in parameters:
         raise ValueError(

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_dft.losses.token_stats import Terms, TokenLoss, TokenStats
 
 WEIGHT_SOURCES = ("model", "reference")
-_CONSTANT_FIELDS = ("entropy", "entropy_top20", "sum_sq_prob", "reference_log_prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Entry:
 
     `of_prob`: the weight follows from p of the target tokens, so that it may be another model's p.
     `reference_share`: the parameter that says how much of the KL's reference is the reference
-    model; the rest is the model itself.
+    model; the rest is the model itself. `per_pair`: the loss is one of pairs of conversations, by
+    whose number its sum is divided.
     """
 
     function: Callable[..., Terms]
@@ -68,6 +68,7 @@ class Entry:
     per_batch: bool = False
     of_prob: bool = False
     reference_share: str | None = None
+    per_pair: bool = False
 
 
 class _WeightedTokenLoss(torch.autograd.Function):
@@ -134,19 +135,12 @@ class Objective:
                 f"--loss {self.name}: needs {', '.join(missing)} of each token, got none; "
                 "give it in TokenStats"
             )
-        supervised = stats.mask.to(torch.bool)
+        clean = stats.supervised_only()
+        log_prob = clean.log_prob
 
         def only_supervised(x: Tensor) -> Tensor:
-            return torch.where(supervised, x, 0.0)
+            return torch.where(clean.mask, x, 0.0)
 
-        log_prob = only_supervised(stats.log_prob.detach())
-        constants: dict[str, Any] = {
-            field: only_supervised(getattr(stats, field).detach().to(log_prob.dtype))
-            for field in _CONSTANT_FIELDS
-            if getattr(stats, field) is not None
-        }
-        kl = None if stats.kl is None else only_supervised(stats.kl)
-        clean = dataclasses.replace(stats, log_prob=log_prob, mask=supervised, kl=kl, **constants)
         weight, value, extra = self._terms_of(clean)
         if stats.full_weight is not None:
             full = stats.full_weight.to(torch.bool)

@@ -42,7 +42,7 @@ def build(
             reference_scores=settings().reference_scores if flag == "--train-data" else None,
             vocab_size=settings().vocab_size,
             held_out_part=flag == "--valid-share",
-            **options,
+            **(options | ({"reading": None} if flag == "--valid-data" else {})),
         ),
     )
 

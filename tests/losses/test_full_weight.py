@@ -9,7 +9,7 @@ from megatron_dft.losses.linear_head import linear_head_loss
 from megatron_dft.losses.report import END_PROB, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_parallel import vocab_parallel_loss
-from tests.losses.reference import HAS_KL, PARAMETERS, dense_loss, relative_error
+from tests.losses.reference import HAS_KL, PARAMETERS, dense_loss, relative_error, rewards
 from tests.ranks import run_ranks
 
 ROWS, SEQUENCE, HIDDEN, VOCAB = 2, 12, 16, 32
@@ -53,7 +53,11 @@ def exact(name: str, case: dict) -> tuple:
 
 def stats_of(case: dict, full: bool = True) -> dict:
     log_ref = case["reference"].log_softmax(-1).gather(1, case["labels"].reshape(-1, 1))
-    stats = {"segment_ids": case["segments"], "reference_log_prob": log_ref.view(SHAPE)}
+    stats = {
+        "segment_ids": case["segments"],
+        "reference_log_prob": log_ref.view(SHAPE),
+        "reward": rewards(case["segments"]),
+    }
     return stats | ({"full_weight": case["full"]} if full else {})
 
 

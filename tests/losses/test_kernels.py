@@ -21,6 +21,7 @@ from tests.losses.reference import (
     dense_loss,
     entropy_of_top,
     relative_error,
+    rewards,
 )
 from tests.ranks import run_ranks
 
@@ -98,7 +99,11 @@ def _objectives(runs: list) -> list:
             case["target"],
             group,
             objective,
-            token_stats={"segment_ids": case["segments"], "reference_log_prob": log_ref.float()},
+            token_stats={
+                "segment_ids": case["segments"],
+                "reference_log_prob": log_ref.float(),
+                "reward": rewards(case["segments"]).float(),
+            },
             overwrite_logits=seed % 2 == 1,
             vocab_start=BORDERS[dist.get_world_size()][dist.get_rank()],
             **options,

@@ -20,6 +20,8 @@ def stats_of(log_prob, mask, **fields) -> TokenStats:
     """Statistics with harmless values for whatever an objective may need."""
     defaults = {name: torch.full_like(log_prob.detach(), 0.4) for name in NEEDS}
     defaults["reference_log_prob"] = log_prob.detach() - 0.1
+    places = torch.arange(log_prob.numel(), device=log_prob.device).view(log_prob.shape)
+    defaults["reward"] = torch.where(places % 2 == 0, 0.7, -0.4)
     return TokenStats(log_prob, mask, **{**defaults, **fields})
 
 
@@ -72,6 +74,7 @@ def test_the_weight_is_the_gradient_and_ignored_tokens_do_not_matter(name):
             "entropy": torch.where(mask, 1.4, garbage),
             "entropy_top20": torch.where(mask, 1.2, garbage),
             "sum_sq_prob": torch.where(mask, 0.3, garbage),
+            "reward": torch.where(mask, -0.3, garbage),
         }
         leaf = torch.where(mask, log_prob, garbage).requires_grad_()
         loss, weight = objective_of(name)(stats_of(leaf, mask.float(), **fields))
@@ -115,7 +118,8 @@ def test_weights_and_gradients_are_finite_for_any_log_probability(name, values, 
     stats = stats_of(log_prob, mask, reference_log_prob=torch.full_like(log_prob, reference))
     loss, weight = objective_of(name)(stats)
     loss.sum().backward()
-    assert weight.isfinite().all() and (weight >= 0).all(), (name, weight)
+    assert weight.isfinite().all(), (name, weight)
+    assert (weight >= 0).all() or name.split("/")[0] in ("rift", "dpo"), (name, weight)
     assert log_prob.grad is not None and log_prob.grad.isfinite().all()
     # Only a certain miss (p = 0) with a weight that is not 0 may read inf; nothing may read NaN.
     assert not loss.isnan().any()
@@ -133,7 +137,9 @@ def test_p_alpha_runs_from_cross_entropy_to_the_gradient_of_dft():
     )
 
 
-CONVERSATION_OBJECTIVES = ["dft-sequence", "dft-geometric", "iw-sft/sequence", "talr"]
+CONVERSATION_OBJECTIVES = [
+    "dft-sequence", "dft-geometric", "iw-sft/sequence", "talr", "rift/sequence", "dpo", "dpo/mean"
+]  # fmt: skip
 
 
 def _packed_row():
