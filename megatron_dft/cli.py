@@ -23,7 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
-    "score": ("megatron_dft.score", "store a reference model's log-probabilities for iw-sft, psft"),
+    "score": (
+        "megatron_dft.score",
+        "store a reference model's log-probabilities: iw-sft, psft, dpo, …",
+    ),
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),
     "evaluate": ("megatron_dft.commands.evaluate", "pass@1, Avg@k, maj@k of checkpoints on sets"),

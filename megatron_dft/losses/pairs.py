@@ -16,8 +16,8 @@ from megatron_dft.losses.token_stats import Terms, TokenStats, log_ratio, segmen
 class Pairs(NamedTuple):
     """What the answers of each pair come to, float64 [P, 2], chosen before rejected.
 
-    log_prob: Σ log π; ratio: Σ (log π − log π_ref); tokens: how many are supervised; present: bool [P],
-    whether both answers have any; segments: int64 [T], the conversation of each token.
+    log_prob: Σ log π; ratio: Σ (log π − log π_ref); tokens: how many are supervised; present: bool
+    [P], whether both answers have any; segments: int64 [T], the conversation of each token.
     """
 
     log_prob: Tensor
