@@ -65,7 +65,7 @@ def check(args: argparse.Namespace, objective: Objective) -> None:
     """Raise one ValueError for what the objective or its reference cannot do."""
     known = frozenset(VOCABULARY_STATISTICS) | REFERENCE_STATISTICS | ROW_STATISTICS
     assert objective.needs <= known, f"no source for {sorted(objective.needs - known)}"
-    if objective.entry.per_pair or "reward" in objective.needs:
+    if objective.signed:
         _check_signed(args, objective)
     _check_full_weight(args, objective)
     _check_reference(args, objective)

@@ -118,6 +118,11 @@ class Objective:
         return {**self.values, **source}
 
     @property
+    def signed(self) -> bool:
+        """Whether it pushes some tokens down: those of bad answers."""
+        return self.entry.per_pair or "reward" in self.needs
+
+    @property
     def per_conversation(self) -> bool:
         """Whether packed data has to come with segment_ids."""
         return self.entry.per_conversation or self.values.get("level") == "sequence"
