@@ -94,15 +94,11 @@ key="$ranks ${train[*]} $(sha256sum <"$data/train.jsonl")"
 if kept "$tuned" "$key"; then
     say "training: kept ($tuned)"
 else
-    say "training: $steps steps on $ranks processes; Megatron's own log is in $log"
-    rm -f "$tuned.key"
+    say "training: $steps steps on $ranks processes"
+    rm -f "$tuned.key" "$log"
     train_started=$SECONDS
-    threads=$(($(nproc) / ranks))
-    OMP_NUM_THREADS=$((threads > 0 ? threads : 1)) \
-        "$python" -m megatron_dft.compat.loopback --nproc-per-node "$ranks" \
-        -m megatron_dft.train "${train[@]}" 2>&1 | tee "$log" |
-        { grep --line-buffered -E '^(step [0-9]|megatron_dft:|> Hugging Face)|error: ' || true; } ||
-        die "training failed; the end of $log: $(tail -n 30 "$log")"
+    "$python" -m megatron_dft.cli train --nproc-per-node "$ranks" --megatron-log "$log" "${train[@]}" ||
+        die "training failed; its own line above says why, $log has the rest"
     echo $((SECONDS - train_started)) >"$work/train.seconds"
     keep "$tuned" "$key"
 fi

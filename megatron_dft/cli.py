@@ -1,4 +1,4 @@
-"""`megatron-dft COMMAND`: one command line for everything beside training.
+"""`megatron-dft COMMAND`: one command line for everything.
 
 A command is a module with SUMMARY, add_arguments(parser) and run(args) → exit status, or with
 main(words) → exit status; it is imported only when it is called, so that `megatron-dft --help` is
@@ -17,19 +17,22 @@ USER_ERROR = 2
 
 # name → (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("megatron_dft.commands.train", "fine-tune a model with DFT or another of its family"),
     "import": ("megatron_dft.commands.import_hf", "Hugging Face checkpoint → Megatron torch_dist"),
     "export": ("megatron_dft.commands.export_hf", "Megatron torch_dist → Hugging Face checkpoint"),
     "inspect-data": ("megatron_dft.commands.inspect_data", "statistics and masks of chat data"),
     "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
+    "compare": ("megatron_dft.commands.compare", "the runs of a sweep side by side"),
     "score": (
-        "megatron_dft.score",
-        "store a reference model's log-probabilities: iw-sft, psft, dpo, …",
+        "megatron_dft.commands.score",
+        "a reference's log-probabilities, for iw-sft, psft, dpo",
     ),
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),
     "evaluate": ("megatron_dft.commands.evaluate", "pass@1, Avg@k, maj@k of checkpoints on sets"),
+    "es": ("megatron_dft.commands.es", "evolution strategies, rewarded by a verifier"),
     "plan": ("megatron_dft.commands.plan", "layouts and memory for a job"),
     "preflight": ("megatron_dft.commands.preflight", "check the nodes of an allocation"),
     "patch": ("megatron_dft.commands.patch", "put --loss into a stock Megatron-LM checkout"),
@@ -42,7 +45,7 @@ def _usage() -> str:
         "",
     ]
     lines += [f"  {name:14}{summary}" for name, (_, summary) in COMMANDS.items()]
-    lines += ["", "Training: torchrun --nproc-per-node N -m megatron_dft.train --help"]
+    lines += ["", "On several nodes: torchrun … -m megatron_dft.train, with the flags of train"]
     return "\n".join(lines)
 
 
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-dft: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return USER_ERROR
     module = importlib.import_module(COMMANDS[name][0])
-    if hasattr(module, "main"):  # it has Megatron's own parser, as training has
+    if hasattr(module, "main"):  # it has a parser of its own
         return module.main(rest)
     parser = argparse.ArgumentParser(prog=f"megatron-dft {name}", description=module.SUMMARY)
     module.add_arguments(parser)

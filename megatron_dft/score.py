@@ -1,19 +1,22 @@
 """Score the training data once with the reference model, so that training need not hold it.
 
-    torchrun --nproc-per-node 8 -m megatron_dft.score TRAINING FLAGS --dft-reference-scores DIR
-    torchrun --nproc-per-node 8 -m megatron_dft.train TRAINING FLAGS --dft-reference-scores DIR
+    megatron-dft score --nproc-per-node 8 TRAINING FLAGS --dft-reference-scores DIR
+    megatron-dft train --nproc-per-node 8 TRAINING FLAGS --dft-reference-scores DIR
 
 What is scored is the model of --hf-model, or Megatron's checkpoint where --load finds one (psft's
 old policy); the scores serve every layout. A killed run goes on behind the last stored segment.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_dft.training.launch import launch
+from megatron_dft import terminal
 
-SUMMARY = "store a reference model's log-probabilities of the training data"
+if __name__ == "__main__":  # before the imports that warn
+    terminal.divert()
+
+from megatron_dft.training.launch import launch
+from megatron_dft.training.log_file import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,4 +38,4 @@ def _score(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -1,6 +1,7 @@
 """Fine-tune a Hugging Face model on Megatron's own training loop.
 
-    torchrun --nproc-per-node 8 -m megatron_dft.train --hf-model DIR --loss dft --train-data x …
+    megatron-dft train --nproc-per-node 8 --hf-model DIR --loss dft --train-data x …
+    torchrun --nnodes 2 --nproc-per-node 8 … -m megatron_dft.train --hf-model DIR …
 
 Every Megatron flag works; ours are in flags/, one file a subject.
 """
@@ -9,11 +10,16 @@ import time
 
 _PROGRAM_START = time.time()
 
-import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_dft import terminal  # noqa: E402
+
+if __name__ == "__main__":  # before the imports that warn
+    terminal.divert()
+
 from megatron_dft.training.launch import launch  # noqa: E402
+from megatron_dft.training.log_file import run_program  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +40,12 @@ def _train(args: Any) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dft.compat import checkpointing
+    from megatron_dft.flags.settings import settings
     from megatron_dft.recovery.supervise import supervised
     from megatron_dft.step.forward_step import forward_step
-    from megatron_dft.training import agreement, machine, model, output
+    from megatron_dft.training import agreement, data_provider, machine, model, output
     from megatron_dft.training.data_provider import datasets_provider
+    from megatron_dft.training.evaluation import Evaluation
     from megatron_dft.training.identity import run_identity
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
@@ -47,6 +55,8 @@ def _train(args: Any) -> None:
     machine.report(args)
     handle = model.ModelHandle(args)
     config = model.model_config(args, handle)
+    data_provider.settle(args)
+    Evaluation(args, settings().whole_evaluation).install()
     out = output.Output(args, handle)
     out.install()
     with supervised(args, run_identity()):
@@ -61,4 +71,4 @@ def _train(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -18,11 +18,10 @@ case "$words" in
     *model.py*) echo model >> calls; mkdir -p "$(value --out)" ;;
     *arithmetic.py*) mkdir -p "$(value --out)"; touch "$(value --out)"/{train,held_out}.jsonl ;;
     *evaluate.py*) echo "score $(value --model)" >> calls; touch "$(value --out)" ;;
-    *compat.loopback*)
+    *"cli train"*)
         echo "train $(value --nproc-per-node) ${words##*--overwrite}" >> calls
-        echo "a line of Megatron's log"
         echo "step 1/80 | lm loss 1.0"
-        [ ! -e broken ] || { echo "host: error: --lr: broken"; exit 2; }
+        [ ! -e broken ] || { echo "error: --lr: broken"; exit 2; }
         mkdir -p "$(value --save-hf)" ;;
     *table.py*) echo "THE TABLE" ;;
     *) exit 9 ;;
@@ -72,7 +71,6 @@ def test_a_finished_run_is_kept_and_its_table_shown_again(checkout):
     assert result.returncode == 0, result.stderr
     assert calls == ["model", BEFORE, "train 3  --device cpu", AFTER]
     assert "step 1/80" in result.stdout and "THE TABLE" in result.stdout
-    assert "a line of" not in result.stdout
     again, calls = checkout.run()
     assert again.returncode == 0 and calls == ["model"]
     assert "training: kept" in again.stdout and "THE TABLE" in again.stdout

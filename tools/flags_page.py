@@ -8,8 +8,9 @@ from megatron_dft.flags.resolve import define
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 _HEAD = """# Every flag
 
-Every Megatron flag works beside these, but those that a run refuses by name (`python -m
-megatron_dft.train --help` prints both). This page is made by `python tools/flags_page.py`.
+Every Megatron flag works beside these, but those that a run refuses by name: `megatron-dft train
+--help` prints these and those of Megatron's that most runs set, `--help-megatron` all the others.
+This page is made by `python tools/flags_page.py`.
 """
 
 

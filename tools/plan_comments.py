@@ -54,7 +54,7 @@ def shape(model: str) -> Shape:
 def train_args(config: Path) -> dict[str, str]:
     """The configuration's flags and their first values; "" for a flag alone."""
     script = f'. "{config}" && printf "%s\\n" "${{TRAIN_ARGS[@]}}"'
-    environment = {"TRAIN_DATA": "x", "PATH": "/usr/bin:/bin"}
+    environment = {"TRAIN_DATA": "x", "RUN_DIR": "x", "PATH": "/usr/bin:/bin"}
     said = subprocess.run(
         ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
     )

@@ -11,6 +11,7 @@ STEPS=${STEPS:-391}
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 ROWS=${ROWS:-32}
 TRAIN_DATA=${TRAIN_DATA:?expected the training data: TRAIN_DATA=train.jsonl sbatch …}
+configs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 
 RECIPE=(
     --loss "$LOSS" --train-data "$TRAIN_DATA" --seq-length "$SEQ_LENGTH"
@@ -22,4 +23,14 @@ RECIPE=(
     # The optimizer's state can be read back at another TP, PP or DP: on fewer nodes, say.
     --dist-ckpt-optim-fully-reshardable
     --save-interval 50 --keep-last 2
+    # For `megatron-dft compare` and TensorBoard.
+    --tensorboard-dir "${RUN_DIR:?expected where the run is kept; the launching scripts set it}/tensorboard"
+    --log-interval 1
 )
+# Held out: a file, or a share of the training data that no run with the same data trains on.
+if [ -n "${VALID_DATA:-}" ]; then
+    RECIPE+=(--valid-data "$VALID_DATA")
+else
+    RECIPE+=(--valid-share "${VALID_SHARE:-0.01}")
+fi
+RECIPE+=(--eval-interval "${EVAL_INTERVAL:-50}" --eval-iters "${EVAL_ITERS:-4}")

@@ -44,8 +44,7 @@ train() {
         return
     fi
     say "$1: $5 steps of $4 (log: $work/$1.log)"
-    OMP_NUM_THREADS=$6 "$python" -m torch.distributed.run --standalone --nproc-per-node 1 \
-        -m megatron_dft.train --hf-model "$2" --loss "$4" --train-data "$3" --device cpu \
+    OMP_NUM_THREADS=$6 dft train --hf-model "$2" --loss "$4" --train-data "$3" --device cpu \
         --seq-length 384 --micro-batch-size 1 --global-batch-size 1 --train-iters "$5" \
         --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.1 \
         --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 1 \

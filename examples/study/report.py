@@ -47,7 +47,7 @@ def _answers(directory: Path, task: str, out: Path, seed: int, problems: int) ->
     return cell
 
 
-def _summary(cells: list[Cell]) -> dict[str, Any]:
+def summary(cells: list[Cell]) -> dict[str, Any]:
     """field → mean, spread (sample standard deviation over the seeds; 0 of one), values."""
     return {
         field: {
@@ -90,14 +90,14 @@ def collect(
                 cell |= {f: kept["general"][f] for f in ("perplexity", "kl", "top1_agreement")}
                 cell["kl_task"] = kept["task"]["kl"]
                 cells.append(cell)
-            table[task][method] = _summary(cells)
+            table[task][method] = summary(cells)
         of_base = []
         for seed in seeds:
             cell = _answers(base, task, out, seed, problems)
             first = lens["retention", seed]["methods"][chosen.methods[0]]["general"]
             cell |= {"relative_norm": 0.0, "unchanged_bf16": 1.0, "kl": 0.0}
             of_base.append(cell | {"perplexity": first["base_perplexity"]})
-        table[task]["base"] = _summary(of_base)
+        table[task]["base"] = summary(of_base)
     sweep: dict[str, Any] = {}
     for task in tasks if chosen.sweep else ():
         sweep[task] = {}
@@ -130,7 +130,7 @@ def collect(
     }
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
@@ -149,7 +149,7 @@ def _result_table(methods: dict[str, Any], task: str) -> str:
                 text += " ± " + format(figure["spread"], form)
             cells.append(text)
         rows.append(cells)
-    return _table(["", *(name for name, _ in columns.values())], rows)
+    return markdown_table(["", *(name for name, _ in columns.values())], rows)
 
 
 def _sweep_table(sweep: dict[str, Any]) -> str:
@@ -160,7 +160,7 @@ def _sweep_table(sweep: dict[str, Any]) -> str:
         for method, by_rate in methods.items()
         for field, form in (("greedy", ".1%"), ("sampled", ".1%"), ("cross_entropy", ".3f"))
     ]
-    return _table(["task", "method", "", *(f"lr {r}" for r in rates)], rows)
+    return markdown_table(["task", "method", "", *(f"lr {r}" for r in rates)], rows)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -197,7 +197,11 @@ def markdown(results: dict[str, Any]) -> str:
     head = ["task", "mean p of the base", "tokens with p < 0.1", "their share of SFT's gradient",
             "recommends"]  # fmt: skip
     note = "Tokens of the demonstrations' answers, end tokens left out."
-    parts += ["## What `megatron-dft diagnose` said before training", note, _table(head, rows)]
+    parts += [
+        "## What `megatron-dft diagnose` said before training",
+        note,
+        markdown_table(head, rows),
+    ]
     if results["sweep"]:
         parts += ["## Learning rates (first seed)", _sweep_table(results["sweep"])]
     return "\n\n".join(parts) + "\n"

@@ -26,7 +26,11 @@ def _free_port() -> int:
 
 
 def run_process(module: str, argv: Sequence[str], log: Path) -> None:
-    """`python -m module argv…` in a process of its own, all it prints in `log`."""
+    """`python -m module argv…` in a process of its own, all it prints in `log`.
+
+    module: its name, or a program's file.
+    """
+    program = [module] if module.endswith(".py") else ["-m", module]
     # One training process brings up gloo too; two studies on a machine must not share its port.
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # Keeping freed buffers makes a training step on CPU faster (see examples/quickstart.sh).
@@ -34,7 +38,7 @@ def run_process(module: str, argv: Sequence[str], log: Path) -> None:
     env.setdefault("MALLOC_TRIM_THRESHOLD_", "8589934592")
     with log.open("wb") as out:
         code = subprocess.run(
-            [sys.executable, "-m", module, *argv], stdout=out, stderr=out, env=env
+            [sys.executable, *program, *argv], stdout=out, stderr=out, env=env
         ).returncode
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
@@ -78,6 +82,12 @@ class Steps:
         output.unlink(missing_ok=True)
         start = time.monotonic()
         self.run(module, words, log)
+        seconds = time.monotonic() - start
+        log.with_suffix(".seconds").write_text(f"{seconds:.1f}\n", encoding="utf-8")
         # Last of all: an interrupted step has no such file.
         done.write_text(key, encoding="utf-8")
-        self.say(f"{name}: {time.monotonic() - start:.0f} s")
+        self.say(f"{name}: {seconds:.0f} s")
+
+    def seconds(self, name: str) -> float:
+        """How long a step that is done took, its process's start included."""
+        return float((self.out / "logs" / f"{name}.seconds").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_dft.commands.conversion import add_source_arguments, bar, compare_logits, quiet
 from megatron_dft.data.end_tokens import probe_end_tokens
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
+from megatron_dft.flags.output import check_base_model
 from megatron_dft.hf import bridge, companions
 from megatron_dft.hf.source import HFCheckpoint, open_checkpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare Megatron's logits with those of the written model in transformers (holds "
         "the model twice)",
     )
+    parser.add_argument(
+        "--hf-base-model",
+        metavar="ORG/NAME",
+        help="hub name of the base for the model card, where it is a directory",
+    )
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload OUT as the hub model NAME")
 
 
@@ -56,6 +62,7 @@ def _export(args: argparse.Namespace) -> int:
     from megatron_dft.hf.card import model_card
     from megatron_dft.hf.convert_export import export_checkpoint, find_iteration, training_args
 
+    check_base_model(args.hf_base_model)
     source = find_iteration(args.checkpoint)
     trained = training_args(source)
     name = args.hf_model or getattr(trained, "hf_model", None)
@@ -67,7 +74,13 @@ def _export(args: argparse.Namespace) -> int:
     if args.hf_model is None and revision is None:
         revision = getattr(trained, "hf_revision", None)
     base = open_checkpoint(name, revision, args.trust_remote_code)
-    card = model_card(base, objective=_objective(trained), parameters=_settings(trained))
+    base_model = args.hf_base_model or getattr(trained, "hf_base_model", None)
+    card = model_card(
+        base,
+        objective=_objective(trained),
+        parameters=_settings(trained),
+        base_model=base_model,
+    )
     companions.check(base)
     chat = _trained_chat(args, trained, base)
     if bridge.uses_bridge(base, args.hf_bridge):

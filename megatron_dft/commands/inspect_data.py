@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.text import Text
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, notes, tokenised
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.show import Shown, as_html, print_shown, runs, visible
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.spec import EncoderSpec
@@ -101,7 +101,6 @@ def _spec(tokenizer: Any, options: dict[str, Any]) -> EncoderSpec:
         template_date=options["template_date"],
         rewrites=options["rewrites"],
         drops=options["drops"],
-        reading=options["reading"],
     )
 
 
@@ -120,14 +119,18 @@ def _stores(
 ) -> list[TokenStore]:
     """The tokenised data with any number of bad rows: they are what one wants to see."""
     tolerant = PrepareOptions(
-        data_format=options["data_format"],
+        reading=Reading(
+            options["data_format"],
+            options["columns"],
+            options["mask_history"],
+            options["max_samples"],
+            options["rows"],
+        ),
         errors="skip",
         cache_dir=options["cache_dir"],
         workers=options["workers"],
         progress=True,
     )
-    # The bad rows are printed among the figures.
-    logging.getLogger("megatron_dft.data.prepare").setLevel(logging.ERROR)
     return [tokenised(source, spec, tolerant) for source in parse_sources(items, flag)]
 
 

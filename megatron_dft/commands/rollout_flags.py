@@ -161,8 +161,7 @@ def backend(args: argparse.Namespace, model: str, how: Decoding) -> Backend:
         return _endpoint(args, model, how)
     from megatron_dft.rollout.prompt_tokens import PromptTokens
 
-    rendering = Rendering(args.raw, _template(args), _variables(args))
-    prompts = PromptTokens(model, rendering, args.trust_remote_code)
+    prompts = PromptTokens(model, rendering(args), args.trust_remote_code)
     sizes = {} if args.batch_size is None else {"batch_size": args.batch_size}
     common: dict[str, Any] = {
         **sizes,
@@ -179,6 +178,10 @@ def backend(args: argparse.Namespace, model: str, how: Decoding) -> Backend:
     from megatron_dft.rollout.transformers_backend import TransformersBackend
 
     return TransformersBackend(model, how, prompts, device=args.device, **common)
+
+
+def rendering(args: argparse.Namespace) -> Rendering:
+    return Rendering(args.raw, _template(args), _variables(args))
 
 
 def _endpoint(args: argparse.Namespace, model: str, how: Decoding) -> Backend:

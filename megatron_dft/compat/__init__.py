@@ -22,6 +22,8 @@ STORES = (
 WRAPPED: dict[str, str] = {
     # the loop
     f"{_TRAINING}:training_log": "progress lines and figures of ours ahead of Megatron's log",
+    f"{_TRAINING}:evaluate_and_print_results": "no second evaluation after the same step",
+    f"{_TRAINING}:evaluate": "figures that have no perplexity are logged here",
     f"{_TRAINING}:post_training_step_callbacks": "exports and the lens after a step",
     f"{_TRAINING}:get_megatron_optimizer": "the L2-SP anchor takes the optimizer's weights",
     f"{_TRAINING}:setup_model_and_optimizer": "the checkpoint is chosen before the model is built",

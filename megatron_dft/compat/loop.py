@@ -41,6 +41,39 @@ def after_training_step(callback: Callable[[list[Any], int], None]) -> None:
     wrap("megatron.training.training:post_training_step_callbacks", make)
 
 
+def on_evaluation(
+    is_due: Callable[[int], bool], after: Callable[[dict[str, Any], int], None]
+) -> None:
+    """Ask `is_due(iteration)` before an evaluation, on every rank, and call `after(figures,
+    iteration)` behind it, on ranks of the last pipeline stage.
+
+    `figures` (name → mean, a tensor each) may be changed: Megatron logs what is left.
+    """
+    step = [0]
+
+    def asking(original):
+        signature = inspect.signature(original)
+
+        def evaluate_and_print_results(*args, **kwargs):
+            step[0] = signature.bind(*args, **kwargs).arguments["iteration"]
+            if is_due(step[0]):
+                original(*args, **kwargs)
+
+        return evaluate_and_print_results
+
+    def hearing(original):
+        def evaluate(*args, **kwargs):
+            found, *rest = original(*args, **kwargs)
+            if found:
+                after(found, step[0])
+            return found, *rest
+
+        return evaluate
+
+    wrap("megatron.training.training:evaluate_and_print_results", asking)
+    wrap("megatron.training.training:evaluate", hearing)
+
+
 def on_optimizer_built(callback: Callable[[Any], None]) -> None:
     """Call `callback(optimizer)` when Megatron's optimizer has copied the model's weights."""
 

@@ -70,6 +70,12 @@ def install() -> None:
         wrap(place, _make)
 
 
+def free_port() -> int:
+    """A port on which nothing of this machine listens."""
+    with _listen("127.0.0.1", 0) as server:
+        return int(server.getsockname()[1])
+
+
 def main() -> None:
     """torchrun for one node, all of it on the loopback interface."""
     import torch.distributed.run

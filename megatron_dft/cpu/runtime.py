@@ -24,6 +24,7 @@ it, activation fails and says which.
 | optimizer checks | `Optimizer._cuda_graph_capture_health_check` and its twin | no-ops | ask CUDA at each step |
 | compile | `torch.compiler.set_stance` | force_eager | fusions are compiled for CUDA speed |
 | RNG tracker imports | `megatron.core.tensor_parallel.random._lazy_call` … | run at once | names bound at import |
+| token counts of experts | `token_dispatcher.maybe_move_tensor_to_cpu` | made numpy where asked | a tensor of a CPU is left as it is, and all-to-all takes no tensor |
 | GPU packages | `import transformer_engine`, `apex`, `amp_C` … | absent | Megatron takes their CUDA kernels where it finds them (clip_grads, optimizers) |
 | norm, attention | `LocalSpecProvider`, `LNImpl`, `LayerNormImpl` | `megatron_dft.cpu.layers` | SP, thd and CP |
 
@@ -47,6 +48,7 @@ from megatron_dft.cpu.stand_ins import (
     Stream,
     call_now,
     nothing,
+    on_host,
     without,
     zero,
 )
@@ -131,6 +133,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (mcore_random, "_lazy_init", nothing),
         (mcore_random, "device_ctx_manager", lambda *a, **k: contextlib.nullcontext()),
     ]
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    rows += [(token_dispatcher, "maybe_move_tensor_to_cpu", on_host)]
 
     from megatron_dft.cpu import layers
 

@@ -114,6 +114,11 @@ def zero(*args, **kwargs):
     return 0
 
 
+def on_host(tensor, as_numpy=False, record_stream=False):
+    """The tensor, which is in host memory, or its numpy array."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def call_now(function, **kwargs):
     function()
 

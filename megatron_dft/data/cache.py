@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import Source
-from megatron_dft.data.spec import EncoderSpec, Reading
+from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tables import open_dataset
 from megatron_dft.storage.files import read_json_object, sha256_of_file, write_whole
 
@@ -27,7 +27,7 @@ _SETTLED_SECONDS = 2.0
 
 
 def store_parts(
-    source: Source, spec: EncoderSpec, data_format: str | None, cache: Path | None
+    source: Source, spec: EncoderSpec, reading: Reading, cache: Path | None
 ) -> dict[str, Any]:
     """All that decides a source's tokens, as hashes and short values: same parts, same tokens.
 
@@ -37,22 +37,18 @@ def store_parts(
         content = [open_dataset(source)._fingerprint]
     else:
         content = [content_hash(Path(p), cache) for p in source.paths]
-    parts = {
+    return {
         "version": VERSION,
         "kind": source.kind,
         "content": digest(content),
-        "format": data_format,
         "tokenizer": digest(spec.tokenizer_json),
         "chat_template": digest(dict(spec.templates)),
         "template_args": digest(dict(spec.variables)),
         "template_date": spec.date,
         "chat_rewrites": spec.rewrites,
         "chat_drops": spec.drops,
+        **reading.identity(),
     }
-    # Absent where rows are plain conversations, as in what earlier runs have recorded.
-    if spec.reading != Reading():
-        parts["reading"] = dataclasses.asdict(spec.reading)
-    return parts
 
 
 def digest(value: Any) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dft.data.bounds import MEMORY, Bounded, TimeUp
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.dialect import Dialect
 from megatron_dft.data.sentinels import Drops
@@ -55,21 +56,37 @@ class TurnRenderer:
         self.eos_token = spec.variables.get("eos_token")
         self.bos_token = spec.variables.get("bos_token") if spec.variables.get("add_bos") else None
         date = datetime.date.fromisoformat(spec.date) if spec.date else None
-        self.template = ChatTemplate(spec.templates, spec.variables, date)
-        self._ends = TurnEnds(self.template, spec)
-        self._dialect = Dialect(self.template)
         self._lost = Drops()
-        if not self.template.has_marks:
-            self._check_generation_prompt()
+        self._bounded = Bounded()
+        try:
+            with self._bounded:
+                self.template = ChatTemplate(spec.templates, spec.variables, date)
+                self._ends = TurnEnds(self.template, spec)
+                self._dialect = Dialect(self.template)
+                if not self.template.has_marks:
+                    self._check_generation_prompt()
+        except (TimeUp, MemoryError) as error:
+            raise ValueError(
+                f"the chat template is given up on a plain conversation: {_limit(error)}; give "
+                "another with --chat-template FILE"
+            ) from None
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts to train on: one, or one for each turn where the template rewrites turns.
 
-        Raises RowError where the template refuses the conversation, and where it prints a part of
-        it nowhere (with drops "warn" that is a note of the conversation).
+        Raises RowError where the template refuses the conversation, where it takes more time or
+        memory than bounds.py gives, and where it prints a part of it nowhere (with drops "warn"
+        that is a note of the conversation).
         """
         if conversation.text is not None:
             return [self._render_verbatim(conversation)]
+        try:
+            with self._bounded:
+                return self._render(conversation)
+        except (TimeUp, MemoryError) as error:
+            raise RowError(f"the chat template is given up on it: {_limit(error)}") from None
+
+    def _render(self, conversation: Conversation) -> list[Rendered]:
         try:
             if conversation.calls:
                 conversation = self._dialect.adapt(conversation)
@@ -212,6 +229,10 @@ class TurnRenderer:
                 f"the chat template cannot be masked, on a plain conversation: {error}; give "
                 "another with --chat-template FILE"
             ) from None
+
+
+def _limit(error: BaseException) -> str:
+    return str(error) if isinstance(error, TimeUp) else f"it takes more than {MEMORY >> 30} GiB"
 
 
 def _check_encodable(text: str) -> None:

@@ -111,19 +111,23 @@ def build_dataset(
             f"{options.flag}: weights mean nothing here, where each conversation is read once; "
             "drop them"
         )
+    if (weights or mixed) and options.in_order:
+        raise ValueError(
+            f"--no-shuffle: shares, cap= and epochs= of {options.flag} draw conversations at "
+            "random; drop them, or the flag"
+        )
     spec = encoder_spec(
         tokenizer,
         template_args=options.template_args,
         template_date=options.template_date,
         rewrites=options.rewrites,
         drops=options.drops,
-        reading=options.reading,
     )
     stores = prepare(
         parsed,
         spec,
         PrepareOptions(
-            options.data_format,
+            options.reading,
             options.errors,
             options.max_bad_rows,
             options.cache_dir,
@@ -148,6 +152,7 @@ def build_dataset(
         options.seed,
         [s.cap for s in parsed],
         [s.epochs for s in parsed],
+        shuffled=not options.in_order,
     )
     if options.shuffle:
         _check_counts(parsed, order.counts(), options.flag)
@@ -166,6 +171,8 @@ def build_dataset(
     if options.valid_share:
         identity["valid_share"] = options.valid_share
         identity["held_out_part"] = options.held_out_part
+    if options.in_order:
+        identity["shuffled"] = False
     scores = None
     if options.reference_scores is not None:
         scores = ReferenceScores(options.reference_scores).attach(conversations, identity)

@@ -48,7 +48,6 @@ class ChatEncoder:
         parts = json.dumps([layout.get("pre_tokenizer"), layout.get("decoder")])
         self._byte_level = '"ByteLevel"' in parts
         self.renderer = TurnRenderer(spec)
-        self.reading = spec.reading
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """As TurnRenderer.render."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dft.storage.files import read_json_object, write_whole
-
-log = logging.getLogger(__name__)
 
 FILE_NAME = "megatron_dft_data.json"
 
@@ -29,6 +26,10 @@ _FLAGS = {
     "content": "the content of the data",
     "kind": "the kind of the data",
     "format": "--data-format",
+    "columns": "--columns",
+    "mask_history": "--mask-history",
+    "max_samples": "--max-samples",
+    "shuffled": "--no-shuffle: shuffling",
     "tokenizer": "the tokenizer",
     "chat_template": "the chat template",
     "template_args": "--chat-template-args or the special tokens",
@@ -52,7 +53,7 @@ def check_resume(
     Call it when training goes on in the middle of the data (consumed_train_samples > 0). A
     directory without a record (a checkpoint that was imported, not trained) is not compared.
 
-    Returns the differences, which are logged. Raises ValueError with all of them where there are
+    Returns the differences. Raises ValueError with all of them where there are
     any, unless allow_change (--allow-data-change): the samples already seen would not be those that
     the resumed order skips.
     """
@@ -71,8 +72,6 @@ def check_resume(
             f"the checkpoint in {str(directory)!r} was trained with other data settings: "
             f"{'; '.join(changes)}; restore them, or go on with --allow-data-change"
         )
-    for change in changes:
-        log.warning("resuming with changed data: %s", change)
     return changes
 
 

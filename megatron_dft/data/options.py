@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dft.data.overlong import OVERLONG
-from megatron_dft.data.spec import Reading
+from megatron_dft.data.reading import Reading
+from megatron_dft.data.spec import RowKind
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class DatasetOptions:
     errors            "strict" stops at the first bad row; "skip" leaves out up to max_bad_rows
     cache_dir         where the tokenised data is kept; None keeps it in memory
     data_format       of schema.FORMATS; None: recognised by the columns
+    columns, mask_history, max_samples   of reading.Reading
     shuffle           False for validation: each conversation once, in file order; a pass is filled
                       up to batch_multiple (the global batch size) with rows that do not count
+    in_order          training data in the order of its files, in every epoch
     template_args     variables of the chat template; template_date: the date that it is told
     rewrites, drops   of spec.REWRITES and spec.DROPS
     workers           tokenising processes; None for one a core
@@ -36,8 +39,8 @@ class DatasetOptions:
                       (reference_scores.py); rows then carry them
     vocab_size        rows of the model's embedding, which every id has to be one of; None where
                       there is no model
-    reading           what rows are (spec.Reading); None: conversations. Of pairs, both sides share
-                      a row, or none is used
+    rows              what rows are (spec.RowKind); both answers of a pair share a row, or none is
+                      used
     valid_share       this share of each source's rows is held out; held_out_part: the data set is
                       the held-out part, else the rest. One call with each makes a training and a
                       validation set of the same sources
@@ -55,8 +58,12 @@ class DatasetOptions:
     max_bad_rows: float = 0.001
     cache_dir: str | os.PathLike[str] | None = None
     data_format: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    mask_history: bool = False
+    max_samples: int | None = None
     shuffle: bool = True
     batch_multiple: int = 1
+    in_order: bool = False
     template_args: Mapping[str, Any] | None = None
     template_date: str | None = None
     rewrites: str = "per-turn"
@@ -68,7 +75,14 @@ class DatasetOptions:
     vocab_size: int | None = None
     valid_share: float = 0.0
     held_out_part: bool = False
-    reading: Reading | None = None
+    rows: RowKind = RowKind()
+
+    @property
+    def reading(self) -> Reading:
+        """Which rows are read, and what a row is."""
+        return Reading(
+            self.data_format, self.columns, self.mask_history, self.max_samples, self.rows
+        )
 
     def __post_init__(self) -> None:
         if self.seq_length < 1 or self.pad_multiple < 1 or self.seq_length % self.pad_multiple:
@@ -84,7 +98,7 @@ class DatasetOptions:
     @property
     def pairs(self) -> bool:
         """Whether two conversations at a time belong together."""
-        return self.reading is not None and self.reading.kind == "pairs"
+        return self.rows.name == "pairs"
 
     def _check_pairs(self) -> None:
         if not self.packing:

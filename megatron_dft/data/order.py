@@ -35,6 +35,7 @@ class EpochOrder:
             takes from a source is not given to the others: the epoch is shorter.
         epochs: without weights, how often an epoch takes each conversation of a source (2: twice,
             0.5: half of them, the other half in the next epoch); None for once.
+        shuffled: False for every epoch in the order of the sources and their rows.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class EpochOrder:
         seed: int,
         caps: Sequence[int | None] | None = None,
         epochs: Sequence[float | None] | None = None,
+        shuffled: bool = True,
     ) -> None:
         self._sizes = list(sizes)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
-        self._seed = seed
+        self._seed, self.shuffled = seed, shuffled
         counts = _shares(self._sizes, weights)
         if epochs is not None:
             counts = [c if e is None else round(c * e) for c, e in zip(counts, epochs, strict=True)]
@@ -64,7 +66,9 @@ class EpochOrder:
         return int(sum(self._counts))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64, one epoch: indices into the concatenated sources, shuffled."""
+        """int64, one epoch: indices into the concatenated sources, shuffled unless told not to."""
+        if not self.shuffled:
+            return self.in_file_order()
         drawn = np.concatenate([self._draw(s, epoch) for s in range(len(self._sizes))])
         return drawn[permutation(len(drawn), self._seed, 0, epoch)]
 

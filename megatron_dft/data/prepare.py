@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dft import terminal
 from megatron_dft.data.cache import digest, locked, store_parts, writing
+from megatron_dft.data.duplicates import Duplicates
 from megatron_dft.data.progress import progress_bar
 from megatron_dft.data.readers import read_batches
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import Source
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.store import Block, StoreWriter, TokenStore
@@ -20,27 +22,26 @@ from megatron_dft.data.tokenize_rows import NOTE, BadRow, describe, reason_kind
 from megatron_dft.data.vocabulary import check_ids
 from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially
 
-log = logging.getLogger(__name__)
-
 ERRORS = ("strict", "skip")
 # Below this the processes would take longer to start than to tokenise.
 _PARALLEL_BYTES = 4 * 1024 * 1024
 # Bad rows whose reasons are kept; all are counted.
 _BAD_KEPT = 1000
+_BAD_SAID = 5
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """How rows become tokens.
 
-    data_format: one of schema.FORMATS, or None to recognise it; errors: one of ERRORS;
+    reading: which rows are read, and what a row is; errors: one of ERRORS;
     max_bad_rows: with "skip", how many rows may be bad: a share of all below 1, a count from 1 on;
     cache_dir: where tokenised data is kept, None keeps it in memory; workers: tokenising processes,
-    None for one a core; progress: this process tells how far it is and logs the rows left out;
+    None for one a core; progress: this process tells how far it is and which rows are left out;
     vocab_size: rows of the model's embedding, None where no model is at hand.
     """
 
-    data_format: str | None = None
+    reading: Reading = Reading()
     errors: str = "strict"
     max_bad_rows: float = 0.001
     cache_dir: str | os.PathLike[str] | None = None
@@ -77,7 +78,7 @@ def tokenised(source: Source, spec: EncoderSpec, options: PrepareOptions) -> Tok
     is not in the cache with errors "strict", and for files that cannot be read.
     """
     cache = None if options.cache_dir is None else Path(options.cache_dir)
-    parts = store_parts(source, spec, options.data_format, cache)
+    parts = store_parts(source, spec, options.reading, cache)
     store = _prepare_one(source, digest(parts), spec, options, cache)
     # The content is the same wherever the files lie now.
     store.meta.update(paths=_names(source), parts=parts)
@@ -89,8 +90,9 @@ def _prepare_one(
 ) -> TokenStore:
     if cache is None:
         bad: list[BadRow] = []
-        blocks = list(_blocks(source, spec, options, bad))
-        return TokenStore.from_blocks(blocks, _meta(source, key, bad))
+        copies = Duplicates()
+        blocks = list(_blocks(source, spec, options, bad, copies))
+        return TokenStore.from_blocks(blocks, _meta(source, key, bad, copies))
     target = cache / "tokens" / key
     if not (target / "meta.json").exists():
         with locked(target):
@@ -103,30 +105,36 @@ def _build(
     target: Path, source: Source, key: str, spec: EncoderSpec, options: PrepareOptions
 ) -> None:
     bad: list[BadRow] = []
+    copies = Duplicates()
     with writing(target.parent):
         writer = StoreWriter(target)
     try:
-        for block in _blocks(source, spec, options, bad):
+        for block in _blocks(source, spec, options, bad, copies):
             with writing(target.parent):
                 writer.add(block)
         with writing(target.parent):
-            writer.finish(_meta(source, key, bad))
+            writer.finish(_meta(source, key, bad, copies))
     except BaseException:
         writer.abandon()
         raise
 
 
 def _blocks(
-    source: Source, spec: EncoderSpec, options: PrepareOptions, bad: list[BadRow]
+    source: Source,
+    spec: EncoderSpec,
+    options: PrepareOptions,
+    bad: list[BadRow],
+    copies: Duplicates,
 ) -> Iterator[Block]:
-    """The source's blocks in order; adds its bad rows to `bad`, or raises at the first."""
+    """The source's blocks in order; adds its bad rows to `bad`, or raises at the first, and its
+    conversations to `copies`."""
     size = sum(os.path.getsize(p) for p in source.paths)
     workers = options.workers or available_cores()
-    batches = read_batches(source)
+    batches = options.reading.first_rows(read_batches(source))
     if workers > 1 and size > _PARALLEL_BYTES:
-        results = tokenize_in_parallel(batches, spec, options.data_format, workers)
+        results = tokenize_in_parallel(batches, spec, options.reading, workers)
     else:
-        results = tokenize_serially(batches, spec, options.data_format)
+        results = tokenize_serially(batches, spec, options.reading)
     with (
         contextlib.closing(results),
         progress_bar(
@@ -137,12 +145,18 @@ def _blocks(
             if result.bad and options.errors == "strict":
                 raise ValueError(_mend(describe(_names(source), result.bad[0])))
             bad.extend(result.bad)
+            copies.add(result.block.tokens, result.block.lengths)
             advance(batch.size, len(batch.rows))
             yield result.block
 
 
-def _meta(source: Source, key: str, bad: Sequence[BadRow]) -> dict[str, Any]:
-    return {"key": key, "paths": _names(source), "bad": [astuple(b) for b in bad[:_BAD_KEPT]]}
+def _meta(source: Source, key: str, bad: Sequence[BadRow], copies: Duplicates) -> dict[str, Any]:
+    return {
+        "key": key,
+        "paths": _names(source),
+        "bad": [astuple(b) for b in bad[:_BAD_KEPT]],
+        "duplicates": copies.count(),
+    }
 
 
 def _names(source: Source) -> list[str]:
@@ -175,11 +189,13 @@ def check_bad_rows(store: TokenStore, name: str, options: PrepareOptions) -> Non
     if not options.progress:
         return
     if bad:
-        log.warning("%s: left out %d of %d rows", name, bad, rows)
-        for line in bad_rows(store)[:20]:
-            log.warning("left out: %s", line)
+        terminal.warn(f"warning: {name}: left out {bad} of {rows} rows")
+        for line in bad_rows(store)[:_BAD_SAID]:
+            terminal.warn(f"left out: {line}")
+    if copies := duplicates(store):
+        terminal.warn(f"warning: {name}: {copies} of {len(store)} conversations are copies")
     for note, count in notes(store).items():
-        log.warning("%s: %s (%d of %d rows)", name, note, count, rows)
+        terminal.warn(f"warning: {name}: {note} ({count} of {rows} rows)")
 
 
 def _no_row(store: TokenStore, name: str) -> str:
@@ -189,6 +205,11 @@ def _no_row(store: TokenStore, name: str) -> str:
         first.setdefault(reason_kind(reason), line)
     why = "; ".join(list(first.values())[:3])
     return f"{name}: no row can be trained on: {why or 'all have weight 0'}; mend the rows"
+
+
+def duplicates(store: TokenStore) -> int:
+    """Conversations that are copies of others of the item; 0 where an earlier release made it."""
+    return int(store.meta.get("duplicates", 0))
 
 
 def notes(store: TokenStore) -> dict[str, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
+
+from megatron_dft import terminal
 
 _LINE_EVERY_SECONDS = 15.0
 
@@ -15,7 +16,7 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int,
     """Gives a function to call with (bytes done, rows done) since the last call; total is bytes."""
     if not shown:
         yield lambda done, rows: None
-    elif sys.stderr.isatty():
+    elif terminal.error().isatty():
         with _bar(label, total) as advance:
             yield advance
     else:
@@ -35,7 +36,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.percentage:>3.0f}%  {task.fields[rows]:,} rows"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(file=terminal.error()), transient=True) as bar:
         task = bar.add_task(label, total=max(total, 1), rows=0)
         seen = 0
 
@@ -68,8 +69,4 @@ class _Lines:
     def _print(self, state: str) -> None:
         self._last = time.monotonic()
         seconds = self._last - self._begin
-        print(
-            f"{self._label}: {state}, {self._rows:,} rows in {seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        terminal.warn(f"{self._label}: {state}, {self._rows:,} rows in {seconds:.0f} s")

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 from megatron_dft.data.batches import BATCH_BYTES, BATCH_ROWS, MAX_LINE_BYTES, RowBatch, Unreadable
 from megatron_dft.data.conversation import RowError
+from megatron_dft.data.csv_rows import read_csv
 from megatron_dft.data.json_array import iterate_array
-from megatron_dft.data.sources import PARQUET, Source
+from megatron_dft.data.sources import CSV, PARQUET, Source
 from megatron_dft.data.tables import read_datasets, read_parquet
 
 
@@ -24,7 +25,11 @@ def read_batches(source: Source) -> Iterator[RowBatch]:
         yield from read_datasets(source)
         return
     for index, path in enumerate(source.paths):
-        read = read_parquet if path.endswith(PARQUET) else _read_json
+        read = _read_json
+        if path.endswith(PARQUET):
+            read = read_parquet
+        elif path.endswith(CSV):
+            read = read_csv
         rows = 0
         for batch in read(path, index):
             rows += len(batch.rows)

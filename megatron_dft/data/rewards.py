@@ -8,14 +8,14 @@ from typing import Any
 
 from megatron_dft.data.conversation import RowError
 from megatron_dft.data.row_values import kind_of, shown
-from megatron_dft.data.spec import Reading
+from megatron_dft.data.spec import RowKind
 
 
-def reward_of(row: Mapping[str, Any], reading: Reading) -> float:
+def reward_of(row: Mapping[str, Any], kind: RowKind) -> float:
     """The row's reward; 0 where nothing is to be learned from it.
 
     Under "weighted" it is at least 0. Under "rewarded" it has a sign, and a reward of 0, which is
-    what a wrong answer gets, counts as `reading.wrong_reward`.
+    what a wrong answer gets, counts as `kind.wrong_reward`.
 
     Raises RowError for a reward that is missing, no finite number, or of a sign that does not fit.
     """
@@ -30,8 +30,8 @@ def reward_of(row: Mapping[str, Any], reading: Reading) -> float:
         reward = math.inf
     if not math.isfinite(reward):
         raise RowError(f'"reward" must be a finite number, not {shown(value)}')
-    if reading.kind == "weighted" and reward < 0:
+    if kind.name == "weighted" and reward < 0:
         raise RowError(
             f'"reward" is {shown(value)}: a weight is at least 0, --loss rift takes negative ones'
         )
-    return reward or reading.wrong_reward
+    return reward or kind.wrong_reward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,25 @@ class RowPlan:
         self.rows_per_pass = self._ends[0]
         self.num_samples = self.rows_per_pass if num_samples is None else num_samples
         while shuffle and self._ends[-1] < self.num_samples:
-            self._epochs.append(self._epoch(len(self._epochs)))
-            self._ends.append(self._ends[-1] + len(self._epochs[-1]))
+            self._add_epoch()
+
+    def rows_of_epochs(self, epochs: float) -> int:
+        """Rows of the first `epochs` epochs; part of one is that share of its rows, rounded up."""
+        while len(self._epochs) < epochs:
+            self._add_epoch()
+        whole = int(epochs)
+        rows = self._ends[whole - 1] if whole else 0
+        part = epochs - whole
+        return rows + (math.ceil(part * len(self._epochs[whole])) if part else 0)
+
+    def epochs(self) -> float:
+        """Epochs that the samples of the run make."""
+        epoch, row = self.locate(self.num_samples)
+        return epoch + (row / len(self._epochs[epoch]) if row else 0)
+
+    def _add_epoch(self) -> None:
+        self._epochs.append(self._epoch(len(self._epochs)))
+        self._ends.append(self._ends[-1] + len(self._epochs[-1]))
 
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, row in it) of a sample."""
@@ -120,8 +138,8 @@ class RowPlan:
         path = None if self._cache is None else self._cache / f"{self._name}-{epoch}.packs"
         if path is not None and path.exists():
             return _load(path)
-        key = (self._seed, 2, epoch) if self._shuffle else None
         order = self._order.epoch(epoch) if self._shuffle else self._order.in_file_order()
+        key = (self._seed, 2, epoch) if self._shuffle and self._order.shuffled else None
         sizes = self._sizes.reshape(-1, self._group).sum(1)
         packs = self._conversations_of(pack(order, sizes, self._seq_length, key))
         if path is None:

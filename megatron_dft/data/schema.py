@@ -9,11 +9,11 @@ from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.messages import conversation
 from megatron_dft.data.rewards import reward_of
 from megatron_dft.data.row_values import check_text, column, kind_of, shown
-from megatron_dft.data.spec import Reading
+from megatron_dft.data.spec import RowKind
 from megatron_dft.data.tool_calls import sharegpt_calls, tools_of
 from megatron_dft.data.training_keys import is_training_key, message_weight, product, row_weight
 
-CHAT = Reading()
+CHAT = RowKind()
 FORMATS = ("messages", "prompt-completion", "alpaca", "sharegpt")
 
 _SHAREGPT_ROLES = {
@@ -71,10 +71,10 @@ def detect_format(columns: Sequence[str]) -> str:
     )
 
 
-def parse_row(row: Any, data_format: str | None, reading: Reading = CHAT) -> Conversation:
+def parse_row(row: Any, data_format: str | None, kind: RowKind = CHAT) -> Conversation:
     """A decoded row in layout `data_format` (one of FORMATS) to a Conversation.
 
-    None recognises the layout by the row's columns. `reading`: whether its reward is read.
+    None recognises the layout by the row's columns. `kind`: whether its reward is read.
 
     Raises RowError with the reason: missing columns, wrong role order, empty content, no assistant
     turn to train on, not text, a bad reward; NothingToTrain for a row of weight or reward 0.
@@ -83,8 +83,8 @@ def parse_row(row: Any, data_format: str | None, reading: Reading = CHAT) -> Con
         raise RowError(f"a row must be a JSON object, not {kind_of(row)}")
     layout = data_format or detect_format(list(row))
     weight = row_weight(row) if len(row) > 1 else 1.0
-    if reading.kind in ("weighted", "rewarded"):
-        weight = product(weight, reward_of(row, reading), "the row")
+    if kind.name in ("weighted", "rewarded"):
+        weight = product(weight, reward_of(row, kind), "the row")
     found = _PARSERS[layout](row, weight or 1.0)
     if not weight:
         raise NothingToTrain("the row has weight or reward 0")
@@ -97,7 +97,7 @@ def parse_row(row: Any, data_format: str | None, reading: Reading = CHAT) -> Con
             and c not in _SYSTEM_COLUMNS
             and value is not None
             and not _is_weight(c, layout)
-            and not (c == "reward" and reading != CHAT)
+            and not (c == "reward" and kind != CHAT)
         ]
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dft.data.prepare import PrepareOptions, prepare
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
@@ -30,7 +31,7 @@ def conversations(
     stores = prepare(
         parse_sources(paths, flag),
         encoder_spec(tokenizer),
-        PrepareOptions(data_format=data_format, workers=workers),
+        PrepareOptions(reading=Reading(data_format), workers=workers),
     )
     rows = []
     for store in stores:

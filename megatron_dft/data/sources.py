@@ -15,16 +15,18 @@ _WEIGHTED = re.compile(rf"^({_SETTING}(?:,{_SETTING})*):(.+)$")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.\[\]:%-]+)?$")
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet", ".pq")
+CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
+FILES = JSON_LINES + PARQUET + CSV
 
 
 @dataclass(frozen=True)
 class Source:
     """One item of --train-data.
 
-    kind: "files" (JSON lines or Parquet, see `paths`), "saved" (a directory that `datasets` wrote)
-    or "hub" (a name, `org/name` or `org/name@split`). weight: its share of an epoch, relative to
-    the others'; cap: at most so many of its conversations an epoch; epochs: how often an epoch
-    takes each of them. None where none was given.
+    kind: "files" (JSON lines, Parquet or CSV, see `paths`), "saved" (a directory that `datasets`
+    wrote) or "hub" (a name, `org/name` or `org/name@split`). weight: its share of an epoch,
+    relative to the others'; cap: at most so many of its conversations an epoch; epochs: how often
+    an epoch takes each of them. None where none was given.
     """
 
     name: str
@@ -108,20 +110,18 @@ def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return "saved", _files_below(path, None)
-        files = _files_below(path, JSON_LINES + PARQUET)
+        files = _files_below(path, FILES)
         if not files:
             raise ValueError(
-                f"{flag} {name!r} is a directory without .jsonl or .parquet files and not a data "
-                "set that `datasets` saved; name the files"
+                f"{flag} {name!r} is a directory without .jsonl, .parquet or .csv files and not a "
+                "data set that `datasets` saved; name the files"
             )
         return "files", files
     if path.exists():
-        if not name.endswith(JSON_LINES + PARQUET):
-            raise ValueError(
-                f"{flag} {name!r}: unknown kind of file; expected {', '.join(JSON_LINES + PARQUET)}"
-            )
+        if not name.endswith(FILES):
+            raise ValueError(f"{flag} {name!r}: unknown kind of file; expected {', '.join(FILES)}")
         return "files", (name,)
-    if _HUB_NAME.match(name) and not name.endswith(JSON_LINES + PARQUET):
+    if _HUB_NAME.match(name) and not name.endswith(FILES):
         return "hub", ()
     raise ValueError(f"{flag} {name!r} does not exist; give a file, a directory or a hub data set")
 

@@ -26,14 +26,14 @@ DROPS = ("refuse", "warn")
 
 # What a row is: a conversation; one whose reward is a factor on its loss; one whose reward has a
 # sign; or a pair of a preferred and a rejected answer.
-READINGS = ("chat", "weighted", "rewarded", "pairs")
+ROW_KINDS = ("chat", "weighted", "rewarded", "pairs")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How rows are read. kind: one of READINGS; wrong_reward: what a reward of 0 counts as."""
+class RowKind:
+    """What rows are. name: one of ROW_KINDS; wrong_reward: what a reward of 0 counts as."""
 
-    kind: str = "chat"
+    name: str = "chat"
     wrong_reward: float = 0.0
 
 
@@ -45,8 +45,6 @@ class EncoderSpec:
     post-processor; templates maps "default" (and "tool_use") to Jinja source; variables are what
     the template may read besides the messages; date is ISO (YYYY-MM-DD) or None; rewrites is one
     of REWRITES, drops one of DROPS.
-
-    reading: what rows are.
     """
 
     tokenizer_json: str
@@ -55,4 +53,3 @@ class EncoderSpec:
     date: str | None = None
     rewrites: str = "per-turn"
     drops: str = "refuse"
-    reading: Reading = Reading()

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_dft.data.dataset import ChatDataset
 from megatron_dft.data.overlong import Conversations
+from megatron_dft.data.prepare import duplicates
 from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, WRITTEN
 from megatron_dft.data.store import TokenStore, sum_counts
 from megatron_dft.data.tokenize_rows import REASON, ZERO_WEIGHT
@@ -30,6 +31,7 @@ class Statistics:
     special tokens that train inside a turn, not at its end; end_tokens, written_tokens: supervised
     ones that end a turn, and that the chat template wrote; weights: (smallest, largest, mean) of
     the supervised tokens, None where no row has one; zero_weight_rows: left out for weight 0;
+    duplicates: conversations that are copies of others of their item;
     sources: name → (conversations, of these in an epoch) where there are several.
     """
 
@@ -49,6 +51,7 @@ class Statistics:
     written_tokens: int
     weights: tuple[float, float, float] | None
     zero_weight_rows: int
+    duplicates: int
     sources: dict[str, tuple[int, int]]
 
     def as_dict(self) -> dict[str, object]:
@@ -85,6 +88,7 @@ def gather(
         written_tokens=found.written,
         weights=weights,
         zero_weight_rows=counts.get(ZERO_WEIGHT, 0),
+        duplicates=sum(map(duplicates, stores)),
         sources=dict(zip(data.sources, zip(sizes, drawn, strict=True), strict=True))
         if len(data.sources) > 1
         else {},
@@ -158,6 +162,8 @@ def summary(stats: Statistics, seq_length: int) -> list[tuple[str, str]]:
     if stats.weights is not None:
         low, high, mean = stats.weights
         lines.append(("weights", f"{low:g} to {high:g}, mean {mean:.4g} of a supervised token"))
+    if stats.duplicates:
+        lines.append(("copies", f"{stats.duplicates:,} conversations are copies of others"))
     if stats.zero_weight_rows:
         lines.append(("weight 0", f"{stats.zero_weight_rows:,} rows left out"))
     for name, (size, drawn) in stats.sources.items():

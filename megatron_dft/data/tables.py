@@ -58,7 +58,7 @@ def _rows_at_once(metadata: Any) -> int:
 def _batches(tables: Iterable[Any], index: int) -> Iterator[RowBatch]:
     batch, size, number = RowBatch(index, [], []), 0, 0
     for table in tables:
-        for row in _rows(table):
+        for row in rows_of(table):
             number += 1
             batch.numbers.append(number)
             batch.rows.append(row)
@@ -70,7 +70,8 @@ def _batches(tables: Iterable[Any], index: int) -> Iterator[RowBatch]:
         yield batch
 
 
-def _rows(table: Any) -> list[Any]:
+def rows_of(table: Any) -> list[Any]:
+    """The rows of an Arrow table or record batch: an object each, or why it cannot be read."""
     if table.nbytes <= MAX_LINE_BYTES:
         try:
             return [_cleaned(row) for row in table.to_pylist()]

@@ -18,6 +18,8 @@ import jinja2.nodes
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_dft.data.bounds import TimeUp
+
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
@@ -120,6 +122,8 @@ class ChatTemplate:
         self._names = {**environment.globals, "documents": None, **variables}
         try:
             self._compiled = {n: environment.from_string(s) for n, s in templates.items()}
+        except (TimeUp, MemoryError):
+            raise
         except (
             Exception
         ) as error:  # Python's own compiler has limits too: SyntaxError, RecursionError
@@ -189,7 +193,7 @@ class ChatTemplate:
             }
             context = template.new_context(names, shared=True)
             return "".join(template.root_render_func(context))
-        except TemplateDateError:
+        except (TemplateDateError, TimeUp, MemoryError):
             raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses it: {_one_line(error)}") from None

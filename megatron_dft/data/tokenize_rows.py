@@ -14,9 +14,9 @@ from megatron_dft.data.batches import RowBatch, Unreadable
 from megatron_dft.data.chat_mask import Rendered
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.encode import ChatEncoder, Encoded
-from megatron_dft.data.pairs import SIDES, parse_pair
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.row_values import shown
-from megatron_dft.data.schema import NothingToTrain, parse_row
+from megatron_dft.data.schema import NothingToTrain
 from megatron_dft.data.spec import SUPERVISED
 from megatron_dft.data.store import Block
 
@@ -46,18 +46,15 @@ class Result:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | None) -> Result:
-    """Tokenises a batch; rows that cannot be trained on come back in `bad`, in order.
-
-    data_format None recognises each row by its columns.
-    """
+def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> Result:
+    """Tokenises a batch; rows that cannot be trained on come back in `bad`, in order."""
     rendered: list[Rendered] = []
     numbers: list[int] = []
     bad: list[BadRow] = []
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
     for number, raw in zip(batch.numbers, batch.rows, strict=True):
         try:
-            conversations, texts = _texts(decode_row(raw), data_format, encoder)
+            conversations, texts = _texts(decode_row(raw), reading, encoder)
         except NothingToTrain:
             _count(counts, ZERO_WEIGHT)
             continue
@@ -77,7 +74,7 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
     for start in range(0, len(rendered), _ENCODE_BATCH):
         pieces.extend(encoder.encode_weighted(rendered[start : start + _ENCODE_BATCH]))
     kept, kept_numbers = [], []
-    size = 2 if encoder.reading.kind == "pairs" else 1
+    size = reading.size
     for start in range(0, len(pieces), size):
         group, number = pieces[start : start + size], numbers[start]
         reason = _nothing_in(group)
@@ -94,22 +91,19 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, data_format: str | Non
 
 
 def _texts(
-    row: Any, data_format: str | None, encoder: ChatEncoder
+    row: Any, reading: Reading, encoder: ChatEncoder
 ) -> tuple[list[Conversation], list[Rendered]]:
     """A row's conversations, two of a pair, and the texts to train on; RowError as they raise."""
-    if encoder.reading.kind != "pairs":
-        conversation = parse_row(row, data_format, encoder.reading)
-        return [conversation], encoder.render(conversation)
-    sides, texts = list(parse_pair(row)), []
-    for name, side in zip(SIDES, sides, strict=True):
-        rendered = encoder.render(side)
-        if len(rendered) > 1:
+    conversations, texts = reading.parse_all(row), []
+    for conversation in conversations:
+        rendered = encoder.render(conversation)
+        if len(rendered) > 1 and reading.size > 1:
             raise RowError(
-                f"{name}: the chat template rewrites an earlier turn when a later one follows, and "
-                "an answer of a pair is one text; keep one turn in it"
+                "the chat template rewrites an earlier turn when a later one follows, and an "
+                "answer of a pair is one text; keep one turn in it"
             )
         texts += rendered
-    return sides, texts
+    return conversations, texts
 
 
 def _nothing_in(group: Sequence[Encoded]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.data.sentencepiece_model import load_sentencepiece
-from megatron_dft.data.spec import EncoderSpec, Reading
+from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tokenizer_backend import check_backend
 
 
@@ -69,7 +69,6 @@ def encoder_spec(
     template_date: str | None = None,
     rewrites: str = "per-turn",
     drops: str = "refuse",
-    reading: Reading | None = None,
 ) -> EncoderSpec:
     """What the tokenising workers need of a transformers fast tokenizer.
 
@@ -95,7 +94,6 @@ def encoder_spec(
         date=template_date,
         rewrites=rewrites,
         drops=drops,
-        reading=reading or Reading(),
     )
 
 

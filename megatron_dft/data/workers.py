@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from megatron_dft.data.batches import RowBatch
 from megatron_dft.data.encode import ChatEncoder
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tokenize_rows import Result, tokenize_batch
 
@@ -30,16 +31,16 @@ def available_cores() -> int:
 
 
 def tokenize_serially(
-    batches: Iterable[RowBatch], spec: EncoderSpec, data_format: str | None
+    batches: Iterable[RowBatch], spec: EncoderSpec, reading: Reading
 ) -> Generator[tuple[RowBatch, Result]]:
     """Each batch with its result, in this process."""
     encoder = ChatEncoder(spec)
     for batch in batches:
-        yield batch, tokenize_batch(batch, encoder, data_format)
+        yield batch, tokenize_batch(batch, encoder, reading)
 
 
 def tokenize_in_parallel(
-    batches: Iterable[RowBatch], spec: EncoderSpec, data_format: str | None, workers: int
+    batches: Iterable[RowBatch], spec: EncoderSpec, reading: Reading, workers: int
 ) -> Generator[tuple[RowBatch, Result]]:
     """Each batch with its result, in the order of `batches`, tokenised by `workers` processes.
 
@@ -60,7 +61,7 @@ def tokenize_in_parallel(
     with ThreadPoolExecutor(workers) as threads:
         try:
             for _ in range(workers):
-                started.append(_Worker(spec, data_format))
+                started.append(_Worker(spec, reading))
                 idle.put(started[-1])
             for batch in batches:
                 pending.append((batch, threads.submit(run, batch)))
@@ -80,7 +81,7 @@ def tokenize_in_parallel(
 class _Worker:
     """One process; `ask` is used by one thread at a time."""
 
-    def __init__(self, spec: EncoderSpec, data_format: str | None) -> None:
+    def __init__(self, spec: EncoderSpec, reading: Reading) -> None:
         environment = dict(
             os.environ, TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1"
         )
@@ -90,7 +91,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        self._send((spec, data_format))
+        self._send((spec, reading))
 
     def ask(self, batch: RowBatch) -> Result:
         self._send(batch)
@@ -127,7 +128,7 @@ class _Worker:
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    spec, data_format = pickle.load(requests)
+    spec, reading = pickle.load(requests)
     encoder: ChatEncoder | None = None
     while True:
         try:
@@ -136,7 +137,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             return
         try:
             encoder = encoder or ChatEncoder(spec)
-            answer: Any = tokenize_batch(batch, encoder, data_format)
+            answer: Any = tokenize_batch(batch, encoder, reading)
         except ValueError as error:
             answer = error
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)

@@ -13,9 +13,10 @@ def check_run_length(args: argparse.Namespace) -> None:
     """How long the rows and the run are."""
     if args.seq_length is None:
         raise ValueError("--seq-length: expected the tokens of a row, got none")
-    if not args.train_iters and not args.train_samples and not args.skip_train:
+    lengths = (args.train_iters, args.train_samples, args.train_epochs)
+    if not any(lengths) and not args.skip_train:
         raise ValueError(
-            "--train-iters: expected the number of steps (or --train-samples), got none"
+            "--train-iters: expected the number of steps (or --train-epochs), got none"
         )
     if args.lr is None and not args.skip_train:
         raise ValueError("--lr: expected a learning rate, got none; the paper's is 5e-5")

@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
+from megatron_dft.data.reading import parse_columns
 from megatron_dft.data.schema import FORMATS
-from megatron_dft.data.spec import DROPS, REWRITES, Reading
+from megatron_dft.data.spec import DROPS, REWRITES, RowKind
 
 DEFAULT_MAX_BAD_ROWS = 0.001
 WRONG_REWARD = -0.2
@@ -28,18 +29,19 @@ def add_arguments(group: Any) -> None:
         nargs="+",
         metavar="[W:]PATH",
         default=None,
-        help="training conversations: .jsonl(.gz|.zst) or .parquet files, directories of them, data"
-        " sets that `datasets` saved, or hub names (org/name or org/name@split); with weights "
-        "(0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these proportions, with "
-        "cap=1000:a.jsonl at most so many of an item, with epochs=2:b.parquet each of them so many "
-        "times; 0.7,cap=1000:a.jsonl is both",
+        help="training conversations: .jsonl(.gz|.zst), .parquet or .csv files, directories of "
+        "them, data sets that `datasets` saved, or hub names (org/name or org/name@split); with "
+        "weights (0.7:a.jsonl 0.3:b.parquet) an epoch draws its conversations in these "
+        "proportions, with cap=1000:a.jsonl at most so many of an item, with epochs=2:b.parquet "
+        "each of them so many times; 0.7,cap=1000:a.jsonl is both",
     )
     add(
         "--valid-data",
         nargs="+",
         metavar="PATH",
         default=None,
-        help="conversations to evaluate on, each once per evaluation, in file order",
+        help="conversations to evaluate on, each once per evaluation, in file order, ten times "
+        "a run; --eval-interval and --eval-iters change that",
     )
     add(
         "--valid-share",
@@ -55,6 +57,26 @@ def add_arguments(group: Any) -> None:
         choices=FORMATS,
         default=None,
         help="layout of the rows; recognised by their columns where it is not given",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        default=[],
+        help="where the rows have other names: prompt=question completion=answer trains text as it "
+        "stands, instruction=question output=answer puts it through the chat template; also "
+        "messages=, conversations=, input=, history=, system=, tools=, weight=",
+    )
+    add(
+        "--mask-history",
+        action="store_true",
+        help="of each conversation the last assistant turn trains alone, those before are context",
+    )
+    add(
+        "--max-samples",
+        type=_whole_number,
+        metavar="N",
+        help="read the first N rows of each item alone: a trial run",
     )
     # Megatron's own parser has this flag already, with the same meaning here.
     if "--chat-template" not in group._option_string_actions:
@@ -115,6 +137,12 @@ def add_arguments(group: Any) -> None:
         "2601.09253), 0 leaves such rows out",
     )
     add(
+        "--no-shuffle",
+        action="store_true",
+        help="train in the order of the items and their rows, in every epoch; packing moves a "
+        "conversation by at most a thousand rows",
+    )
+    add(
         "--no-packing",
         action="store_true",
         help="one conversation a row, padded, instead of as many as fit",
@@ -143,7 +171,7 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--data-workers",
-        type=_workers,
+        type=_whole_number,
         default=None,
         metavar="N",
         help="tokenising processes; default: one a core",
@@ -158,11 +186,6 @@ def check(args: argparse.Namespace) -> None:
     if not args.train_data and not args.skip_train:
         raise ValueError(
             "--train-data: expected at least one file of conversations, got none; name one"
-        )
-    if args.eval_iters and not args.valid_data and not args.valid_share:
-        raise ValueError(
-            f"--eval-iters {args.eval_iters}: needs --valid-data, "
-            "got none; give it (or --valid-share) or drop the flag"
         )
 
 
@@ -204,12 +227,16 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         rewrites=args.chat_rewrites,
         drops=args.chat_drops,
         valid_share=args.valid_share,
+        columns=parse_columns(args.columns),
+        mask_history=args.mask_history,
+        max_samples=args.max_samples,
+        in_order=args.no_shuffle,
         workers=args.data_workers,
-        reading=_reading(args),
+        rows=_row_kind(args),
     )
 
 
-def _reading(args: argparse.Namespace) -> Reading:
+def _row_kind(args: argparse.Namespace) -> RowKind:
     """What rows are under --loss; without that flag (inspect-data's default) conversations."""
     loss = getattr(args, "loss", None)
     if args.wrong_reward is not None and loss != "rift":
@@ -217,13 +244,13 @@ def _reading(args: argparse.Namespace) -> Reading:
     if args.reward_weights and loss in ("rift", "dpo"):
         raise ValueError(f"--reward-weights: has no meaning under --loss {loss}; drop it")
     if loss == "dpo":
-        return Reading("pairs")
+        return RowKind("pairs")
     if loss == "rift":
         wrong = WRONG_REWARD if args.wrong_reward is None else args.wrong_reward
         if not -math.inf < wrong <= 0:
             raise ValueError(f"--wrong-reward: expected at most 0, got {wrong:g}; -0.2 is usual")
-        return Reading("rewarded", wrong)
-    return Reading("weighted") if args.reward_weights else Reading()
+        return RowKind("rewarded", wrong)
+    return RowKind("weighted") if args.reward_weights else RowKind()
 
 
 def _template_args(text: str) -> Mapping[str, Any]:
@@ -265,7 +292,7 @@ def _max_bad_rows(text: str) -> float:
     return value
 
 
-def _workers(text: str) -> int:
+def _whole_number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

@@ -1,6 +1,7 @@
 """Flags of the loss: the objective and its parameters, its reach, and what it is compared with."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_dft.data.spec import KIND_END, KIND_WRITTEN
@@ -15,6 +16,8 @@ from megatron_dft.losses.token_stats import (
 
 # The kinds of tokens (bits of the rows' token_kinds) that take weight 1.
 FULL_WEIGHT = {"none": 0, "end": KIND_END, "template": KIND_WRITTEN | KIND_END}
+
+NORMALIZERS = ("tokens", "weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paper's method",
     )
     group.add_argument(
+        "--loss-normalizer",
+        choices=NORMALIZERS,
+        default="tokens",
+        help="what the sum of a step's token losses is divided by: the number of supervised tokens "
+        "of the global batch, or the sum of their weights in the data, so that the weights are "
+        "shares and no change of the learning rate; the same without weights; default: %(default)s",
+    )
+    group.add_argument(
         "--dft-reference-model",
         metavar="DIR_OR_NAME",
         help="frozen model for iw-sft, psft, asft, dpo, target-sft (its teacher), --kl-coeff and "
@@ -49,6 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAMBDA",
         help="add LAMBDA · KL(reference ‖ model) over the vocabulary to any objective's token loss",
     )
+
+
+def line(argv: Sequence[str], objective: Objective) -> str:
+    """What a run is trained on, and whether somebody chose it."""
+    name = objective.name
+    values = "".join(f", {key} {value}" for key, value in objective.values.items())
+    said = f"loss: {name} ({registry.OBJECTIVES[name].source}{values})"
+    if any(word.split("=")[0] == "--loss" for word in argv):
+        return said
+    return f"{said}, the default; --loss sft is plain cross entropy"
 
 
 def compares(args: argparse.Namespace, objective: Objective) -> bool:
@@ -82,6 +103,11 @@ def _check_signed(args: argparse.Namespace, objective: Objective) -> None:
         )
     if args.loss_row_filter is not None:
         raise ValueError(f"--loss-row-filter: has not been proven with {loss}; drop it")
+    if args.loss_normalizer == "weights":
+        raise ValueError(
+            f"--loss-normalizer weights: rewards and pairs have no sum of weights, got {loss}; drop "
+            "it"
+        )
     if not objective.entry.per_pair:
         return
     if args.kl_coeff:

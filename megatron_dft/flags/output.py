@@ -2,11 +2,15 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from megatron_dft.hf import companions
+from megatron_dft.hf.portable import is_hub_name
 from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.storage.dtypes import WORDS, dtype_word
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the written weights; default: that of the base checkpoint",
     )
     group.add_argument(
+        "--hf-base-model",
+        metavar="ORG/NAME",
+        help="hub name of the base for the model card, where --hf-model is a directory",
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="let --save-hf replace an existing directory"
     )
     group.add_argument(
         "--progress",
         choices=("auto", "rich", "plain", "off"),
         default="auto",
-        help="our progress line beside Megatron's log; auto is rich on a terminal, else plain",
+        help="a line a step on the terminal; auto is rich on a terminal, else plain; off leaves "
+        "the steps to Megatron's log",
+    )
+    group.add_argument(
+        "--megatron-log",
+        metavar="FILE",
+        help="where everything goes that is not ours: Megatron's arguments and lines, and warnings "
+        "of libraries; - is the terminal. Default: megatron.log in --save or beside --save-hf, a "
+        "temporary file where nothing is saved",
     )
 
 
@@ -45,7 +62,14 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
             f"--save {args.save}: expected --save-interval STEPS beside it, got none; "
             "a number beyond the last step saves at the end alone"
         )
+    _check_file_system(args)
+    check_base_model(args.hf_base_model)
     if args.save_hf is None:
+        if args.hf_base_model is not None:
+            raise ValueError(
+                "--hf-base-model: is written into the card of --save-hf DIR, got no such export; "
+                "give it or drop the flag"
+            )
         if args.save_hf_interval is not None:
             raise ValueError(
                 "--save-hf-interval: expected --save-hf DIR beside it, got none; give it or drop "
@@ -63,6 +87,31 @@ def check(args: argparse.Namespace, checkpoint: HFCheckpoint | None) -> None:
     if checkpoint is not None:
         companions.check(checkpoint)
     refuse_filled(args)
+
+
+def _check_file_system(args: argparse.Namespace) -> None:
+    """A checkpoint is committed by a rename, and each of its files is read back and hashed."""
+    if args.enable_msc:
+        raise ValueError(
+            "--enable-msc: expected checkpoints in a file system, where a rename commits them, got "
+            "the flag of object stores, which have none; drop it and copy finished steps"
+        )
+    for name in ("save", "load", "save_hf"):
+        place = getattr(args, name)
+        if place is not None and _URL.match(place):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected a directory, got {place}; save to one and "
+                "copy finished steps"
+            )
+
+
+def check_base_model(name: str | None) -> None:
+    """Raise ValueError for what cannot be a model's name on the hub."""
+    if name is not None and not is_hub_name(name):
+        raise ValueError(
+            f"--hf-base-model: expected ORG/NAME as on the hub, such as Qwen/Qwen2.5-Math-7B, got "
+            f"{name!r}"
+        )
 
 
 def follow_links(args: argparse.Namespace) -> None:

@@ -20,17 +20,19 @@ from megatron_dft.flags import (
     data,
     defaults,
     device,
+    evaluation,
+    help_page,
     lens,
     megatron,
     model,
     objective,
     output,
     quantize,
-    recovery,
     route,
     schedule,
     scores,
 )
+from megatron_dft.flags.definitions import define, refuse_in_one_line
 from megatron_dft.flags.settings import Settings, set_settings
 from megatron_dft.hf import bridge
 from megatron_dft.hf.config import megatron_args
@@ -52,22 +54,15 @@ def add_arguments(
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
     """
+    megatrons = list(parser._action_groups)
     define(parser, scoring)
     mend_help(parser)
-    if {"-h", "--help"} & set(sys.argv[1:]):  # given_flags hides the defaults that help prints
-        parser.print_help()
+    if help_page.MEGATRON in sys.argv[1:]:
+        help_page.print_megatrons(parser, megatrons)
         parser.exit()
+    refuse_in_one_line(parser)
     _resolve(parser, scoring, opener)
     return parser
-
-
-def define(parser: argparse.ArgumentParser, scoring: bool = False) -> None:
-    """Add our flags, one group a subject; nothing is parsed or checked."""
-    for subject in (model, device, objective, route, scores, lens, output, quantize, recovery):
-        subject.add_arguments(parser)
-    data.add_arguments(parser.add_argument_group("data"))
-    if scoring:
-        scores.add_scoring_arguments(parser)
 
 
 def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -119,7 +114,9 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
         asked = registry.get("sft")
     else:
         scores.check_training(args, asked)
+        evaluation.check(args, given)
     _check(args, checkpoint, asked)
+    parser.set_defaults(eval_interval=evaluation.interval(args, given))
     padded = args.padded_vocab_size or 0
     if vocab_size is not None:
         multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -133,7 +130,9 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             route.resolve(args, asked, padded, runtime.is_active(), model.head_lacks(checkpoint)),
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
+            whole_evaluation=evaluation.is_whole(args, given),
             full_weight=objective.FULL_WEIGHT[args.dft_full_weight],
+            weighs_normalizer=args.loss_normalizer == "weights",
         )
     )
 
@@ -146,6 +145,7 @@ def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Obj
     model.check(args, checkpoint, runtime.is_active())
     route.check(args, asked, model.head_lacks(checkpoint))
     data.check(args)
+    schedule.check_epochs(args)
     schedule.check(args)
     batch.check(args, int(os.environ.get("WORLD_SIZE", "1")))
     lens.check(args)

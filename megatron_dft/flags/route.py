@@ -110,13 +110,6 @@ def check(args: argparse.Namespace, objective: Objective, head_lacks: str | None
             "--loss-row-filter: its bound is that of a loss in log p alone, got a KL term; drop "
             "one of the two"
         )
-    if args.mtp_num_layers and args.gradient_accumulation_fusion:
-        # Megatron's head calls of MTP mark the weight as added; DDP then drops the chunked head's
-        # gradient (core/tensor_parallel/layers.py, core/distributed/distributed_data_parallel.py).
-        raise ValueError(
-            f"{given}: with --mtp-num-layers the head's gradient is lost under gradient "
-            "accumulation fusion; add --no-gradient-accumulation-fusion, or drop one of the two"
-        )
 
 
 def _head_flag(args: argparse.Namespace) -> str | None:

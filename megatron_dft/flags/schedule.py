@@ -7,6 +7,43 @@ import argparse
 from typing import Any
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The length of a run in epochs, beside Megatron's --train-iters and --train-samples."""
+    parser.add_argument_group("schedule").add_argument(
+        "--train-epochs",
+        type=float,
+        metavar="N",
+        help="train on every conversation N times, in place of --train-iters: as many steps as the "
+        "rows of N epochs fill, the last one whole; 0.5 is half an epoch",
+    )
+
+
+def steps_of(rows: int, global_batch_size: int) -> int:
+    """Steps that read so many rows at least once."""
+    return -(-rows // global_batch_size)
+
+
+def check_epochs(args: argparse.Namespace) -> None:
+    """Raise one ValueError where --train-epochs cannot be, or contradicts another length."""
+    epochs = args.train_epochs
+    if epochs is None:
+        return
+    if not 0 < epochs < float("inf"):
+        raise ValueError(f"--train-epochs: expected a number above 0, got {epochs:g}")
+    for dest in ("train_iters", "train_samples"):
+        if getattr(args, dest):
+            name = "--" + dest.replace("_", "-")
+            raise ValueError(
+                f"--train-epochs {epochs:g}: says how long the run is, and so does {name} "
+                f"{getattr(args, dest)}; drop one of the two"
+            )
+    if args.rampup_batch_size is not None:
+        raise ValueError(
+            "--train-epochs: counts steps of one global batch size, --rampup-batch-size changes "
+            "it; give --train-samples"
+        )
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise one ValueError; args parsed, not yet validated by Megatron."""
     if args.skip_train or args.lr is None:
@@ -43,7 +80,7 @@ def _check_warmup(args: argparse.Namespace) -> None:
             f"--lr-warmup-fraction: expected a share of the decay from 0 to below 1, got "
             f"{fraction:g}"
         )
-    unit = "iters" if args.train_iters else "samples"
+    unit = "samples" if args.train_samples else "iters"
     flag, length = _decay(args, unit)
     warmup = getattr(args, f"lr_warmup_{unit}")
     if warmup < 0:
@@ -56,7 +93,7 @@ def _check_warmup(args: argparse.Namespace) -> None:
 
 
 def _check_decay(args: argparse.Namespace) -> None:
-    unit = "iters" if args.train_iters else "samples"
+    unit = "samples" if args.train_samples else "iters"
     flag, length = _decay(args, unit)
     if length is not None and length < 1:
         raise ValueError(f"{flag}: expected at least 1, got {length}")

@@ -23,6 +23,7 @@ _NOT_IN_SCORING: dict[str, Any] = {
     "overlap_grad_reduce": False,
     "kl_coeff": 0.0,
     "dft_full_weight": "none",
+    "loss_normalizer": "tokens",
     "kl_target": None,
     "l2sp_coeff": 0.0,
     "relative_norm_target": None,

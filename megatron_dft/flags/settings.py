@@ -17,6 +17,9 @@ class Settings:
     vocab_size            the model's own, without Megatron's padding; None: as padded
     reference_checkpoint  the base that a frozen model is made of; None: nothing is compared, or
                           stored scores serve
+    weighs_normalizer     a step's loss is divided by the sum of the data's weights, else by the
+                          number of supervised tokens
+    whole_evaluation      each evaluation reads the validation data once, all of it
     full_weight           bits of the rows' token_kinds: tokens of these kinds take weight 1
     reference_scores      directory of a reference's stored log-probabilities, which the training
                           rows then carry
@@ -29,6 +32,8 @@ class Settings:
     reference_checkpoint: HFCheckpoint | None = None
     reference_scores: str | None = None
     full_weight: int = 0
+    whole_evaluation: bool = False
+    weighs_normalizer: bool = False
 
 
 _settings: Settings | None = None

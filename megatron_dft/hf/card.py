@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_dft.hf import links
 from megatron_dft.hf.markdown import block, code, plain, yaml
+from megatron_dft.hf.portable import hub_name, portable
 from megatron_dft.hf.secrets import masked_text
 from megatron_dft.hf.source import HFCheckpoint
 
@@ -22,25 +23,29 @@ def model_card(
     data: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
     command: str | None = None,
+    base_model: str | None = None,
 ) -> str:
     """Text of the model card.
 
     objective   name of the loss, e.g. "dft" or "sft"
     parameters  training settings worth repeating (learning rate, batch, steps, layout)
-    data        file or data-set name -> SHA-256 of its bytes
+    data        file or data-set name -> SHA-256 of its bytes; of a path its end is shown
     metrics     final figures by the name they have in the log
-    command     the command line that trained it, its secrets masked (secrets.masked_line)
+    command     the command line that trained it, its secrets masked (secrets.masked_line) and
+                without paths of this machine (portable.portable)
+    base_model  hub name of the base where the checkpoint does not tell it: a directory
     """
-    base = checkpoint.name
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and checkpoint.revision
+    known, commit = hub_name(checkpoint)
+    known = base_model or known
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if is_hub_name:
-        front.append(f"base_model: {yaml(base)}")
+    if known:
+        front.append(f"base_model: {yaml(known)}")
     license_name = _license(checkpoint)
     if license_name:
         front.append(f"license: {yaml(license_name)}")
     front.append(f"tags:\n- megatron-dft\n- {yaml(objective)}")
-    origin = code(base) + (f" at commit {code(checkpoint.revision)}" if checkpoint.revision else "")
+    origin = code(known or checkpoint.path.absolute().name)
+    origin += f" at commit {code(commit)}" if commit else ""
     lines = ["---", *front, "---", "", "# Fine-tuned model", ""]
     lines.append(f"Fine-tuned from {origin} with the objective {code(objective)} by megatron-dft.")
     if objective == "dft":
@@ -48,6 +53,8 @@ def model_card(
             "Dynamic Fine-Tuning weighs each token's negative log-likelihood with the token's own "
             "detached probability ([arXiv 2508.05629](https://arxiv.org/abs/2508.05629))."
         )
+    if data:
+        data = dict(zip(portable(data), data.values(), strict=True))
     versions = {p: v for p in _PACKAGES if (v := _version(p))}
     for title, rows in (
         ("Settings", parameters),

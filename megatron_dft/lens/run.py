@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training import get_tensorboard_writer
 
+from megatron_dft import terminal
 from megatron_dft.compat.loop import on_optimizer_built, sync_parameters
 from megatron_dft.lens.anchor import L2SP
 from megatron_dft.lens.parameters import all_labels, inner_optimizers, tracked_parameters
@@ -68,9 +69,8 @@ def _log(table: dict[str, dict[str, float]], iteration: int) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         whole = table[MODEL]
         groups = " | ".join(f"{k} {v['relative_norm']:.2e}" for k, v in table.items() if k != MODEL)
-        print(
+        terminal.say(
             f"drift at step {iteration}: norm {whole['update_norm']:.6g}, relative "
             f"{whole['relative_norm']:.6g}, unchanged at bf16 {whole['unchanged_bf16']:.6f}"
-            f" | relative by group: {groups}",
-            flush=True,
+            f" | relative by group: {groups}"
         )

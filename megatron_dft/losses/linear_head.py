@@ -13,10 +13,9 @@ only, any objective of the registry, KL to a reference model. Three designs, one
 
 `design="auto"` takes the first where the kernels serve, else the third where it may.
 
->>> from megatron_dft.losses import registry
 >>> hidden, weight = torch.randn(5, 1, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
 >>> labels = torch.tensor([[1, 2, 3, 4, 5]])
->>> out = linear_head_loss(hidden, weight, labels, mask=labels > 2, objective=registry.get("dft"))
+>>> out = linear_head_loss(hidden, weight, labels, mask=labels > 2, objective="dft")
 >>> out.loss.shape, (out.weight == out.log_prob.exp())[labels > 2].all()
 (torch.Size([1, 5]), tensor(True))
 >>> (out.loss.sum() / 3).backward()
@@ -28,11 +27,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dft.losses import kernels
+from megatron_dft.losses import kernels, registry
 from megatron_dft.losses.linear_forward import LinearLoss
 from megatron_dft.losses.linear_recompute import Head, LinearStatistics
 from megatron_dft.losses.linear_reference import ReferenceLogits
-from megatron_dft.losses.linear_shapes import Layout, check_reference, memory_limits, pick_design
+from megatron_dft.losses.linear_shapes import (
+    Layout,
+    check_reference,
+    check_weight,
+    memory_limits,
+    pick_design,
+)
 from megatron_dft.losses.row_filter import RowFilter
 from megatron_dft.losses.supervised_rows import SupervisedRows
 from megatron_dft.losses.token_stats import TokenStats
@@ -63,7 +68,8 @@ def linear_head_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | str,
+    batch_first: bool = False,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
@@ -84,10 +90,14 @@ def linear_head_loss(
     Args:
         hidden: [s, b, h] per rank, s divided by the group's size with sequence_parallel; or [T, h].
             bf16, fp16, fp32 or fp64. What Megatron hands to its output layer. Not changed.
+            hidden[t] is the state that predicts labels[t].
         weight: [V, h], this rank's rows of the output layer, of hidden's dtype. Its gradient is
             returned through autograd in the same dtype (but see fuse_main_grad).
-        labels: [b, s] with [s, b, h], or [T]: int64 ids in the whole vocabulary, the same on all
-            ranks of the group (not divided under sequence parallelism).
+        labels: [b, s], also with [s, b, h], or [T]: int64 ids in the whole vocabulary, shifted
+            already, the same on all ranks of the group (not divided under sequence parallelism).
+        objective: of registry.get, or its name, "dft", with the registry's defaults.
+        batch_first: hidden (and reference_hidden, reference_logits) are [b, s, h], as transformers
+            has them. Not guessed: where b = s the shapes do not tell. Without meaning for [T, h].
         mask: like labels, non-zero where supervised. None: labels other than −100 are. In host
             memory it spares the one time that the host waits for the GPU.
         group: the tensor-parallel group; None: one rank holds the whole vocabulary.
@@ -118,9 +128,14 @@ def linear_head_loss(
     Raises ValueError where shapes do not fit or the design cannot serve the objective.
     """
     stats = dict(stats or {})
+    objective = registry.named(objective)
     ranks = world_size(group)
     sequence_parallel = sequence_parallel and ranks > 1
-    layout = Layout.of(hidden, labels, ranks if sequence_parallel else 1)
+    layout = Layout.of(hidden, labels, ranks if sequence_parallel else 1, batch_first)
+    check_weight(hidden, weight)
+    for name, values in {**stats, "mask": mask}.items():
+        if isinstance(values, Tensor):
+            layout.check_like_labels(name, values)
     wants_kl = reference_logits is not None or reference_hidden is not None
     check_reference(
         objective, layout, hidden, weight, reference_logits, reference_hidden, reference_weight

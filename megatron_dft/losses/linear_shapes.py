@@ -15,33 +15,83 @@ DEFAULT_MEMORY = 1 << 30  # bytes, on a GPU
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Megatron's [b, s] labels beside [s, b, h] hidden states, or [T] beside [T, h]."""
+    """Labels [b, s] beside hidden states [s, b, h] or, batch first, [b, s, h]; or [T] and [T, h].
+
+    Rows are taken in the order in which the hidden states lie, so that none is copied. Only the
+    `parts` of sequence parallelism follow one another in sequence-first order alone.
+    """
 
     labels: torch.Size
+    batch_first: bool = False
+    parts: int = 1
 
     @classmethod
-    def of(cls, hidden: Tensor, labels: Tensor, parts: int) -> "Layout":
+    def of(
+        cls, hidden: Tensor, labels: Tensor, parts: int = 1, batch_first: bool = False
+    ) -> "Layout":
         """ValueError unless they fit, the hidden states being one of so many parts of the rows."""
-        expected = labels.shape if labels.dim() == 1 else (labels.shape[1], labels.shape[0])
-        expected = (expected[0] // parts, *expected[1:])
-        if hidden.shape[:-1] != torch.Size(expected) or labels.dim() > 2:
+        layout = cls(labels.shape, batch_first and labels.dim() == 2, parts)
+        if labels.dim() not in (1, 2):
+            raise ValueError(f"labels: expected [b, s] or [T], got {tuple(labels.shape)}")
+        expected, given = layout.leading(parts), hidden.shape[:-1]
+        if given != expected:
             raise ValueError(
                 f"hidden: expected the shape {(*expected, hidden.shape[-1])} for labels of shape "
-                f"{tuple(labels.shape)}, got {tuple(hidden.shape)}"
+                f"{tuple(labels.shape)}{', batch first' if layout.batch_first else ''}, got "
+                f"{tuple(hidden.shape)}; {layout._remedy(given, expected)}"
             )
-        return cls(labels.shape)
+        return layout
+
+    def _remedy(self, given: torch.Size, expected: torch.Size) -> str:
+        if len(given) == 2 and given == expected[::-1]:
+            other = "leave out batch_first" if self.batch_first else "give batch_first=True"
+            return f"{other}, or hidden.transpose(0, 1), or transpose labels that are [s, b]"
+        return "labels are shifted already: the states of ids[:, :-1] go with the labels ids[:, 1:]"
+
+    def leading(self, parts: int = 1) -> torch.Size:
+        """The axes before the last of hidden states cut along the sequence into so many parts."""
+        if len(self.labels) != 2:
+            return torch.Size([n // parts for n in self.labels])
+        b, s = self.labels
+        return torch.Size((b, s // parts) if self.batch_first else (s // parts, b))
+
+    def check_like_labels(self, name: str, x: Tensor) -> None:
+        """ValueError unless x has the labels' shape: [s, b] has as many elements, elsewhere."""
+        if x.shape != self.labels:
+            turned = x.shape == self.labels[::-1]
+            raise ValueError(
+                f"{name}: expected the shape {tuple(self.labels)} of labels, got {tuple(x.shape)}"
+                + (f"; transpose it: {name}.t()" if turned else "")
+            )
+
+    @property
+    def _as_labels_lie(self) -> bool:
+        return len(self.labels) == 1 or (self.batch_first and self.parts == 1)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[b, s] in the order of the hidden states, [s·b]."""
-        return x.reshape(-1) if x.dim() == 1 else x.t().reshape(-1)
+        """What is [b, s], in the order of the rows, [T]."""
+        return (x if self._as_labels_lie else x.t()).reshape(-1)
 
     def like_labels(self, x: Tensor) -> Tensor:
-        """[s·b] as [b, s]."""
-        return x if len(self.labels) == 1 else x.view(self.labels[1], self.labels[0]).t()
+        """[T] as [b, s]."""
+        return x.view(self.labels) if self._as_labels_lie else x.view(self.labels[::-1]).t()
 
     def rows(self, x: Tensor) -> Tensor:
-        """[s, b, h] as [s·b, h]."""
+        """[s, b, h] or [b, s, h] as [T, h]."""
+        if self.batch_first and not self._as_labels_lie:
+            x = x.transpose(0, 1)
         return x.reshape(-1, x.shape[-1])
+
+
+def check_weight(hidden: Tensor, weight: Tensor) -> None:
+    """ValueError unless the output layer's rows are as wide as the hidden states."""
+    wide = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != wide:
+        turned = weight.dim() == 2 and weight.shape[0] == wide
+        raise ValueError(
+            f"weight: expected the shape [V, {wide}], got {tuple(weight.shape)}"
+            + ("; transpose it: weight.t()" if turned else "")
+        )
 
 
 def check_reference(
@@ -66,11 +116,13 @@ def check_reference(
             f"got {given.count(True)} of the three in another combination"
         )
     if logits is not None:
-        tokens = layout.labels if len(layout.labels) == 1 else layout.labels[::-1]
+        tokens = layout.leading()
         if logits.shape != (*tokens, len(weight)):
+            turned = logits.shape == (*tokens[::-1], len(weight))
             raise ValueError(
                 f"reference_logits: expected the shape {(*tokens, len(weight))}, got "
                 f"{tuple(logits.shape)}"
+                + ("; transpose them: reference_logits.transpose(0, 1)" if turned else "")
             )
     if reference_hidden is not None and reference_weight is not None:
         if reference_hidden.shape[:-1] != hidden.shape[:-1] or len(reference_weight) != len(weight):

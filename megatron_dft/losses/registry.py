@@ -219,6 +219,11 @@ def _source(name: str, weight_from: str) -> str:
     return weight_from
 
 
+def named(objective: Objective | str) -> Objective:
+    """The objective itself, or the one of that name with its default parameters."""
+    return get(objective) if isinstance(objective, str) else objective
+
+
 def add_arguments(group: Any, default: str = "dft") -> None:
     """Add --loss and a flag for every parameter to an argparse parser or argument group."""
     group.add_argument(

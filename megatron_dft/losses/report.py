@@ -15,6 +15,7 @@ HISTOGRAM = "dft/p-histogram/"
 TOKENS = "dft/supervised-tokens"
 CROSS_ENTROPY = "lm loss"
 END_PROB = "dft/end-prob"
+ROWS_DROPPED = "dft/rows-dropped"  # share of the supervised tokens, by row_filter.py
 SOURCE = "lm loss of "  # and the name of an item of --train-data
 # How many tokens a mean of some of them alone is over; not reported.
 _COUNT = "number of: "
@@ -95,17 +96,18 @@ def loss_report(
     correct: Tensor | None,
     kl: Tensor | None = None,
     ends: Tensor | None = None,
+    sources: tuple[Tensor, Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
     """name → fp32 [sum, count] of one micro-batch on one rank, in the form that Megatron sums up.
 
     Arguments as of `token_figures`.
     """
     names, sums = token_figures(
-        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends
+        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends, sources
     )
     report = {name: torch.stack([sums[i], sums[-1]]) for i, name in enumerate(names)}
-    if ends is not None:
-        report[END_PROB][1] = report.pop(_COUNT + END_PROB)[0]
+    for count in [name for name in names if name.startswith(_COUNT)]:
+        report[count.removeprefix(_COUNT)][1] = report.pop(count)[0]
     if objective is not None:
         report[TOKENS] = torch.stack([sums[-1], torch.ones_like(sums[-1])])
     return report

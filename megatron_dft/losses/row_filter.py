@@ -9,17 +9,17 @@ the logits changes by at most that share of its L1 norm.
 import dataclasses
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 @dataclasses.dataclass
 class RowFilter:
-    """`bound`: share of the gradient's L1 norm that may be dropped. `dropped` and `rows` count the
-    rows of the backwards since the last `take`."""
+    """`bound`: share of the gradient's L1 norm that may be dropped."""
 
     bound: float
-    dropped: int = 0
-    rows: int = 0
+    # int64 [2] on the rows' device: rows dropped and rows in all since the last `take`.
+    _counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.bound < 1.0:
@@ -40,15 +40,20 @@ class RowFilter:
         gone = ordered.cumsum(0) <= self.bound * ordered.sum()
         keep = torch.ones_like(gone).index_put_((order,), ~gone)
         index = keep.nonzero().squeeze(1)
-        self.rows += len(mass)
-        self.dropped += len(mass) - len(index)
+        counts = torch.stack([gone.sum(), torch.full_like(gone.sum(), len(mass))])
+        self._counts = counts if self._counts is None else self._counts + counts
         return index
 
-    def take(self) -> float:
-        """Share of the rows that were dropped since the last call."""
-        share = self.dropped / self.rows if self.rows else 0.0
-        self.dropped = self.rows = 0
-        return share
+    def take(self, group: dist.ProcessGroup | None = None) -> float:
+        """Share of the rows that were dropped since the last call; collective over `group`, all
+        of whose ranks have had a backward since then, or none has."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return 0.0
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        dropped, rows = counts.tolist()
+        return dropped / rows if rows else 0.0
 
 
 def in_place_order(kept: Tensor, rows: int) -> Tensor:

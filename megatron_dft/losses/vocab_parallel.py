@@ -7,6 +7,7 @@ One collective (an all-gather of a few floats per token) in the forward, none in
 Logits are read in chunks, so no fp32 copy of them is made or kept; only supervised tokens are
 computed (finding them costs one device synchronisation).
 
+>>> # target[t] is the token that logits[t] predicts: shifted already.
 >>> logits = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
 >>> target = torch.tensor([0, -100])            # -100: not supervised
 >>> loss, weight = vocab_parallel_dft_loss(logits, target, group=None)
@@ -93,9 +94,9 @@ def vocab_parallel_statistics(
         logits: [..., V] per rank, bf16, fp16, fp32 or fp64, any strides; not changed (but see
             overwrite_logits). −inf excludes a token. A copy is made only if the leading axes
             cannot be flattened in any order.
-        target: [...] int64, ids in the whole vocabulary, the same on each rank. `ignore_index`
-            marks tokens without a target: their logits are not even read. A target that no shard
-            holds gives NaN.
+        target: [...] int64, ids in the whole vocabulary, the same on each rank, shifted already:
+            target[t] is the token that logits[t] predicts. `ignore_index` marks tokens without a
+            target: their logits are not even read. A target that no shard holds gives NaN.
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
         reference_logits: [..., V] per rank, like `logits`: asks for KL(reference ‖ logits).
             Constant.
@@ -113,9 +114,11 @@ def vocab_parallel_statistics(
     Raises ValueError where shapes do not fit.
     """
     if logits.shape[:-1] != target.shape:
+        turned = target.dim() == 2 and logits.shape[:-1] == target.shape[::-1]
         raise ValueError(
             f"target: expected the shape {tuple(logits.shape[:-1])} of logits without its last "
-            f"axis, got {tuple(target.shape)}"
+            f"axis, got {tuple(target.shape)}; "
+            + ("transpose it: target.t()" if turned else "logits[:, :-1] go with ids[:, 1:]")
         )
     if reference_logits is not None and reference_logits.shape != logits.shape:
         raise ValueError(
@@ -161,17 +164,24 @@ def vocab_parallel_loss(
     logits: Tensor,
     target: Tensor,
     group: dist.ProcessGroup | None,
-    objective: Objective,
+    objective: Objective | str,
     *,
     token_stats: dict[str, Any] | None = None,
     **options: Any,
 ) -> TokenLoss:
-    """Per-token loss and weight [...] of any objective of the registry.
+    """Per-token loss and weight [...] of any objective of the registry, or of its name: "dft".
 
     `token_stats` are further fields of `TokenStats` (segment_ids, reference_log_prob, …),
     `options` those of `vocab_parallel_statistics`. What the objective needs of the vocabulary is
     computed with it, in the same collective.
     """
+    objective = registry.named(objective)
+    for name, values in (token_stats or {}).items():
+        if isinstance(values, Tensor) and values.shape != target.shape:
+            raise ValueError(
+                f"{name}: expected the shape {tuple(target.shape)} of target, got "
+                f"{tuple(values.shape)}"
+            )
     stats = vocab_parallel_statistics(
         logits,
         target,

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import manifest
 from megatron_dft.storage import lock
@@ -48,7 +49,7 @@ def clear(directory: Path) -> None:
     def empty() -> None:
         lock.check()
         if any(directory.iterdir()):
-            print(f"> {directory}: an interrupted save; its files are removed", flush=True)
+            terminal.say(f"> {directory}: an interrupted save; its files are removed")
             manifest.remove(directory)
             directory.mkdir()
 
@@ -74,6 +75,7 @@ def commit(directory: Path, run: dict[str, Any]) -> None:
             )
         lock.check()
         manifest.write(directory, files, run)
+        terminal.say(f"> checkpoint: {directory}")
 
     _on_rank0(write)
 
@@ -165,7 +167,7 @@ def install(run: Callable[[], dict[str, Any]], keep: int | None) -> None:
             if keep is not None and _rank() == 0:
                 gone = delete_old(Path(get_args().save), keep, iteration)
                 if gone:
-                    print(f"> checkpoints of steps {gone} are deleted (--keep-last)", flush=True)
+                    terminal.say(f"> checkpoints of steps {gone} are deleted (--keep-last)")
 
         return save_checkpoint_and_time
 

@@ -6,14 +6,13 @@ node. Here a bad number is noted, all ranks agree before the optimizer's step, a
 a status of its own. --rerun-mode report_stats keeps Megatron's machine as it is.
 """
 
-import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import exit_codes, status
 
@@ -43,7 +42,9 @@ class NumberCheck:
 
     def note(self, result: Any, rejected: Callable[[Any], Any], message: str) -> None:
         """Remember a result's verdict; it stays on the device until `agree` reads it."""
-        verdict = torch.as_tensor(rejected(result), device="cuda").any()
+        # Not "cuda": inside a recomputed layer's backward the CPU runtime hears of no placement.
+        device = torch.cuda.current_device()
+        verdict = torch.as_tensor(rejected(result), device=device).any()
         # Without a synchronisation: reading it here would wait for every micro-batch's forward.
         self._verdicts.append((verdict, message.strip() or f"unexpected result {result}"))
 
@@ -75,12 +76,10 @@ class NumberCheck:
                 mpu.get_data_parallel_rank(),
                 mpu.get_data_parallel_world_size(),
             )
-            print(
-                f"{socket.gethostname()}: error: rank {dist.get_rank()}, step {step}: "
+            terminal.fail(
+                f"rank {dist.get_rank()}, step {step}: "
                 f"{self.found}; samples {samples} (in the order of training); no weight was "
-                "changed. Look at the rows, lower --lr, or train in fp32",
-                file=sys.stderr,
-                flush=True,
+                "changed. Look at the rows, lower --lr, or train in fp32"
             )
         if dist.get_rank() == 0:
             status.record("bad-numbers", step)

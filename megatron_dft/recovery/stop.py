@@ -8,8 +8,6 @@ the main thread is stuck inside a collective.
 
 import os
 import signal
-import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import exit_codes
 
@@ -68,9 +67,9 @@ class StopHandler(DistributedSignalHandler):
         rank = os.environ.get("RANK", "0")
         if self._heard is None:
             self._heard = now
-            _say(f"rank {rank}: {name}: stopping after this step, with a checkpoint")
+            terminal.warn(f"rank {rank}: {name}: stopping after this step, with a checkpoint")
         elif now - self._heard > REPEAT_SECONDS:
-            _say(f"rank {rank}: {name} again: exiting now, nothing is saved")
+            terminal.warn(f"rank {rank}: {name} again: exiting now, nothing is saved")
             os._exit(exit_codes.FORCED)
 
     def signals_received(self) -> list[Any]:
@@ -78,7 +77,9 @@ class StopHandler(DistributedSignalHandler):
         if self.stop_file is not None and os.environ.get("RANK", "0") == "0":
             if self._heard is None and self.stop_file.exists():
                 self._heard = time.monotonic()
-                _say(f"{self.stop_file} is there: stopping after this step, with a checkpoint")
+                terminal.warn(
+                    f"{self.stop_file} is there: stopping after this step, with a checkpoint"
+                )
         self._signal_received = self._heard is not None
         received = super().signals_received()
         self.agreed = self.agreed or any(received)
@@ -87,10 +88,6 @@ class StopHandler(DistributedSignalHandler):
 
 def _forget() -> None:
     signal.set_wakeup_fd(-1)
-
-
-def _say(text: str) -> None:
-    print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
 
 
 def install(args: Any, stop_file: str | None) -> StopHandler:

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dft import terminal
 from megatron_dft.compat import optimizer_resume
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import (
@@ -109,7 +108,21 @@ class _Run:
 
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(f"> {text}", flush=True)
+        terminal.say(f"> {text}")
+
+
+def _last_words(run: _Run) -> str:
+    """The step that was reached, and what is left of it."""
+    args = run.args
+    reached = max(run.iteration, args.iteration)  # a resumed run may have had no step left
+    done = f"step {reached} of {args.train_iters}"
+    if args.skip_train:
+        return "no step was taken (--skip-train)"
+    if reached >= args.train_iters:
+        return f"{done}; checkpoint in {args.save}" if args.save is not None else done
+    if args.save is None:
+        return f"{done}; nothing is saved, there is no --save"
+    return f"{done}; checkpoint in {args.save}, from which --load goes on"
 
 
 def _all_done(args: Any) -> bool:
@@ -183,9 +196,10 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         dist.barrier()
         if rank == "0":
             status.record("finished", args.train_iters)
+            terminal.say(f"> finished: {_last_words(run)}")
     except (resume.ResumeError, UnsafeFileError) as error:
         if rank == "0":
-            print(f"{socket.gethostname()}: error: {error}", file=sys.stderr, flush=True)
+            terminal.fail(f"{error}")
             status.record("refused", str(error))
         dist.barrier()
         raise SystemExit(exit_codes.REFUSED) from None
@@ -196,18 +210,15 @@ def supervised(args: Any, identity: dict[str, Any]) -> Iterator[None]:
         dist.barrier()
         if rank == "0":
             status.record("stopped", run.iteration)
+            why = "as asked" if handler.agreed else "by a flag of the run's"
+            terminal.say(f"> stopped {why}: {_last_words(run)}")
         dist.barrier()
         if handler.agreed:
             raise SystemExit(exit_codes.STOPPED) from None
         raise
     except Exception as error:
         step = run.iteration + 1
-        print(
-            f"{socket.gethostname()}: error: rank {rank}, in or before step {step}: "
-            f"{type(error).__name__}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        terminal.fail(f"rank {rank}, in or before step {step}: {type(error).__name__}: {error}")
         raise
     finally:
         if run.watchdog is not None:

@@ -9,11 +9,10 @@ a minute later.
 
 import faulthandler
 import os
-import socket
-import sys
 import threading
 import time
 
+from megatron_dft import terminal
 from megatron_dft.recovery import exit_codes, status
 
 _SPARE = 60.0  # seconds
@@ -50,11 +49,9 @@ class Watchdog:
             if self._done.wait(left):
                 return
         rank = os.environ.get("RANK", "0")
-        print(
-            f"{socket.gethostname()}: error: rank {rank}: no progress for {self.limit:g} s in "
-            f"{self._section} (--hang-timeout); the stacks of this rank follow, then it exits",
-            file=sys.stderr,
-            flush=True,
+        terminal.fail(
+            f"rank {rank}: no progress for {self.limit:g} s in "
+            f"{self._section} (--hang-timeout); the stacks of this rank follow, then it exits"
         )
         faulthandler.dump_traceback(all_threads=True)
         status.record("hang", self._section)

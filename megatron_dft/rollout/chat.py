@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dft.data.bounds import Bounded
+
 _MARK = "zanzibar"
 _EDGE_BYTES = 1 << 20
 
@@ -34,14 +36,15 @@ class Rendering:
         if self.raw:
             return tokenizer(raw_text(messages))["input_ids"]
         try:
-            return tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.variables,
-            )
+            with Bounded():
+                return tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.template,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **self.variables,
+                )
         except Exception as error:  # a template may raise whatever it likes
             reason = " ".join(str(error).split())
             raise ValueError(f"the chat template refuses a prompt: {reason}") from None
@@ -68,7 +71,8 @@ def stop_ids(tokenizer: Any, configured: int | list[int] | None) -> set[int]:
     if tokenizer.chat_template:
         talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
         try:
-            text = tokenizer.apply_chat_template(talk, tokenize=False)
+            with Bounded():
+                text = tokenizer.apply_chat_template(talk, tokenize=False)
         except Exception:  # it wants variables of its own; its prompts are rendered with them
             return stops
         rest = tokenizer(text.partition(_MARK)[2], add_special_tokens=False)["input_ids"]

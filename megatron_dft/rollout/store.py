@@ -71,7 +71,7 @@ class SampleStore:
                 f"--out {self.directory}: another process writes {self._path.name}; wait for it, "
                 "or give each its own --part I/N"
             ) from None
-        _heal(self._file)
+        heal(self._file)
 
     def _agree(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
         path = self.directory / "settings.json"
@@ -104,7 +104,7 @@ class SampleStore:
             self._file.close()
 
 
-def _heal(file: Any) -> None:
+def heal(file: Any) -> None:
     """Cut off what a killed writer left of its last line."""
     file.seek(0, os.SEEK_END)
     size = end = file.tell()

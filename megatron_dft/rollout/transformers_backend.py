@@ -73,7 +73,7 @@ class TransformersBackend:
         self._name, self._trust_remote_code = model, trust_remote_code
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
         """Loaded when the first answer is drawn: a finished run needs none."""
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +128,7 @@ class TransformersBackend:
             stop_strings=list(self._decoding.stop) or None,
         )
         stopping = {"tokenizer": self._prompts.tokenizer} if self._decoding.stop else {}
-        return self._model.generate(
+        return self.model.generate(
             input_ids=ids[rows],
             attention_mask=mask[rows],
             generation_config=config,
@@ -145,16 +145,16 @@ class TransformersBackend:
         Nothing where `generate` has to see to it: no prompt has two answers, or the layers keep
         something else than keys and values.
         """
-        layout = self._model.config.get_text_config()
+        layout = self.model.config.get_text_config()
         plain = set(getattr(layout, "layer_types", None) or ()) <= _KEYS_AND_VALUES
-        plain = plain and self._model._supports_default_dynamic_cache()
+        plain = plain and self.model._supports_default_dynamic_cache()
         if len(rows) == len(ids) or ids.shape[1] < 2 or not plain:
             return {}
         # The argument was renamed within transformers 5.
-        known = inspect.signature(self._model.forward).parameters
+        known = inspect.signature(self.model.forward).parameters
         cache = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=layout)}
         seen = mask[:, :-1]
-        self._model(
+        self.model(
             input_ids=ids[:, :-1],
             attention_mask=seen,
             position_ids=(seen.cumsum(1) - 1).clamp(min=0),

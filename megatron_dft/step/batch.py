@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dft.compat.context_parallel import token_indices
 from megatron_dft.flags.objective import KIND_END
 from megatron_dft.flags.settings import settings
-from megatron_dft.step.lookahead import next_rows
+from megatron_dft.step.lookahead import next_rows, weight_factor
 
 # Along axis 1 of these a context-parallel rank holds its part of the row.
 _PER_TOKEN = (
@@ -82,7 +82,8 @@ class MicroBatch:
     token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
                         wrote; None where the data does not say
     token_weights       fp32 [b, s], above 0 where loss_mask is 1: the data's factors on the tokens'
-                        losses; None where the data has none, or where they are rewards
+                        losses, times lookahead.weight_factor(); None where the data has none, or
+                        where they are rewards
     reward              fp32 [b, s], of either sign, for an objective that asks for it
     source_ids          int16 [b, s], which item of --train-data, −1 in padding; None for one item
     full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
@@ -91,6 +92,7 @@ class MicroBatch:
     training            whether the model is training: the loss is plain in evaluation
     reference_head      for a KL of the head: what a frozen model has in the place of logits
     host_mask           loss_mask in host memory, where the device has another
+    whole_gradient      no --loss-row-filter: the self-test compares every row
     head                where the loss is taken from the hidden states, once the model has run
     """
 
@@ -110,6 +112,7 @@ class MicroBatch:
     training: bool = field(default=False, kw_only=True)
     host_mask: Tensor | None = field(default=None, kw_only=True)
     reference_head: ReferenceHead | None = field(default=None, kw_only=True)
+    whole_gradient: bool = field(default=False, kw_only=True)
     head: HeadFigures | None = field(default=None, kw_only=True)
 
     @property
@@ -184,6 +187,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
     if edges is not None:
         packing = Packing(_to_device(edges), int(raw["max_seqlen"].max()))
     on_device = {name: _to_device(value) for name, value in per_token.items()}
+    if training and "token_weights" in on_device and (factor := weight_factor()) is not None:
+        on_device["token_weights"] = on_device["token_weights"] * factor
     return MicroBatch(
         **on_device,
         packing=packing,

@@ -67,7 +67,7 @@ def output_processor(
         stats=context.token_stats() if training else None,
         reference_hidden=None if reference is None else reference.hidden,
         reference_weight=None if reference is None else reference.weight,
-        row_filter=row_filter() if training else None,
+        row_filter=row_filter() if training and not context.whole_gradient else None,
         fuse_main_grad=args.gradient_accumulation_fusion,
     )
     loss = out.loss

@@ -1,8 +1,9 @@
-"""The rows of a whole step at its first micro-batch: a router's losses have to know them all.
+"""The rows of a whole step at its first micro-batch, for what has to know them all.
 
-Their gradients are divided by the supervised tokens of the global batch, like every gradient, and
-so have to be multiplied by that number when they are made (compat/moe_losses.py). The rows are a
-few kilobytes each and lie in host memory; for a model without experts nothing is read ahead.
+Every gradient is divided by the number of supervised tokens of the global batch when the step has
+ended. What is to be divided by something else is multiplied by that number when it is made: the
+losses of routers (compat/moe_losses.py), and token losses under --loss-normalizer weights. The rows
+are a few kilobytes each and lie in host memory; a run without either reads nothing ahead.
 """
 
 from collections import deque
@@ -17,6 +18,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from megatron_dft.compat import moe_losses
+from megatron_dft.flags.settings import settings
 
 Rows = dict[str, Tensor]
 
@@ -24,23 +26,39 @@ Rows = dict[str, Tensor]
 _waiting: WeakKeyDictionary[Any, deque[Rows]] = WeakKeyDictionary()
 
 
+class _Step:
+    """The one whose rows are being handed out."""
+
+    weight_factor: Tensor | None = None
+
+
+def weight_factor() -> Tensor | None:
+    """fp32 scalar on the device: what multiplies the data's weights in this step; None: 1."""
+    return _Step.weight_factor
+
+
 def next_rows(iterator: Iterator[Rows], training: bool) -> Rows:
     """The next micro-batch's rows, on the host; all of the step are read where training needs it.
 
-    Collective over the data-parallel group at the first micro-batch of a step with routers' losses.
+    Collective over the data-parallel group at the first micro-batch of such a step.
     """
-    if not (training and moe_losses.is_installed()):
+    if not (training and (moe_losses.is_installed() or settings().weighs_normalizer)):
         return next(iterator)
     queue = _waiting.setdefault(iterator, deque())
     if not queue:
         queue.extend([next(iterator) for _ in range(get_num_microbatches())])
-        moe_losses.set_tokens(_tokens_of_a_micro_batch(queue))
+        tokens, weights, micro_batches = _sums(queue)
+        if moe_losses.is_installed():
+            moe_losses.set_tokens(tokens / micro_batches)
+        if settings().weighs_normalizer:
+            _Step.weight_factor = torch.where(weights > 0, tokens / weights, 0.0)
     return queue.popleft()
 
 
-def _tokens_of_a_micro_batch(step: deque[Rows]) -> Tensor:
-    """fp32 scalar on the device: supervised tokens of the global batch over its micro-batches."""
-    own = sum(float(rows["loss_mask"].sum()) for rows in step)
-    tokens = torch.tensor([own, len(step)], dtype=torch.float32, device="cuda")
-    dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
-    return tokens[0] / tokens[1]
+def _sums(step: deque[Rows]) -> Tensor:
+    """fp32 [3] on the device, of all replicas: supervised tokens, their weights, micro-batches."""
+    tokens = sum(float(rows["loss_mask"].sum()) for rows in step)
+    weights = sum(float(rows.get("token_weights", rows["loss_mask"]).sum()) for rows in step)
+    sums = torch.tensor([tokens, weights, len(step)], dtype=torch.float32, device="cuda")
+    dist.all_reduce(sums, group=mpu.get_data_parallel_group())
+    return sums

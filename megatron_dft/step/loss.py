@@ -25,6 +25,7 @@ PLAIN = registry.get("sft")
 FIGURES = StepFigures()
 # Names of the items of --train-data, for the losses of each; training/data_provider.py fills it.
 SOURCES: list[str] = []
+VALID_SOURCES: list[str] = []  # of --valid-data
 # log-sum-exp minus a logit: a fused kernel may round it below 0 by the last bits of its logits.
 _ROUNDING = 0.01
 
@@ -76,16 +77,17 @@ def loss_func(
         batch, output_tensor, found, settings().objective, get_args().kl_coeff
     )
     if batch.training and batch.token_weights is not None:
-        # The data's own factors; the loss is still divided by the number of supervised tokens.
+        # The data's own factors; the loss is then divided by the number of supervised tokens.
         per_token = per_token * batch.token_weights
     loss = per_token.sum()
     _stop_on_bad_loss(loss, cross_entropy, batch.loss_mask)
     compared = (correct, found.get("kl"), batch.ends)
     figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
-    sources = None if batch.source_ids is None else (batch.source_ids, SOURCES)
+    items = SOURCES if batch.training else VALID_SOURCES
+    sources = None if batch.source_ids is None else (batch.source_ids, items)
     count = batch.loss_mask.sum().to(torch.int)
     if not batch.training:
-        return loss, count, loss_report(None, *figures)
+        return loss, count, loss_report(None, *figures, sources=sources)
     objective, pairs = settings().objective, None
     if objective.entry.per_pair:
         pairs = _pairs(batch, cross_entropy, objective)

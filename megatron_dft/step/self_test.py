@@ -95,6 +95,7 @@ def _batch(test: SelfTest, vocab_size: int, device: torch.device) -> tuple[Micro
         reward=torch.linspace(-1.5, 1.0, tokens).view(shape).to(device),
         packing=packing,
         training=True,
+        whole_gradient=True,
     )
     return batch, upstream
 

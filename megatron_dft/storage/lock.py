@@ -17,12 +17,12 @@ import fcntl
 import json
 import os
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_dft import terminal
 from megatron_dft.storage.lock_owner import PROGRAM, Owner, is_dead, myself, parse
 
 BEAT = 10.0  # seconds between two touches
@@ -164,11 +164,9 @@ class Lock:
         self, owner: Owner | None, mark: tuple[int, int]
     ) -> tuple[Owner | None, tuple[int, int]] | None:
         """What is there after a beat of the owner, or after a silence that means its death."""
-        print(
-            f"{self.owner.host}: {self.path} is held by {owner or 'an unknown process'}: waiting "
-            f"up to {SILENT:g} s for a sign of life",
-            file=sys.stderr,
-            flush=True,
+        terminal.warn(
+            f"{self.path} is held by {owner or 'an unknown process'}: waiting up to {SILENT:g} s "
+            "for a sign of life"
         )
         end = time.monotonic() + SILENT
         seen: tuple[Owner | None, tuple[int, int]] | None = (owner, mark)
@@ -192,11 +190,7 @@ class Lock:
                 os.fsync(fd)
         except FileNotFoundError:
             return False
-        print(
-            f"{self.owner.host}: {self.path}: {owner or 'its owner'} is dead; taken over",
-            file=sys.stderr,
-            flush=True,
-        )
+        terminal.warn(f"{self.path}: {owner or 'its owner'} is dead; taken over")
         return True
 
     def _guard(self, fd: int) -> None:

@@ -1,18 +1,23 @@
 """The data sets of a run, in the form that Megatron's loop asks for them."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron.training import get_args, print_rank_0
+from megatron.training import get_args
 
+from megatron_dft import terminal
+from megatron_dft.data import repeats
 from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.spec import RowKind
 from megatron_dft.data.tokenizer import load_tokenizer
+from megatron_dft.flags import evaluation, schedule
 from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
-from megatron_dft.step.loss import SOURCES
+from megatron_dft.step.loss import SOURCES, VALID_SOURCES
 from megatron_dft.training import agreement, trained_chat
 
 
@@ -36,15 +41,21 @@ def build(
             seed=args.seed,
             pad_multiple=2 * context if context > 1 else 1,
             shuffle=shuffle,
-            batch_multiple=1 if shuffle else args.global_batch_size,
+            batch_multiple=1 if shuffle else args.eval_global_batch_size,
             progress=progress,
             flag=flag,
             reference_scores=settings().reference_scores if flag == "--train-data" else None,
             vocab_size=settings().vocab_size,
             held_out_part=flag == "--valid-share",
-            **(options | ({"reading": None} if flag == "--valid-data" else {})),
+            **(options | _of_validation(flag, shuffle)),
         ),
     )
+
+
+def _of_validation(flag: str, shuffle: bool) -> dict[str, Any]:
+    """What evaluation does not take from training's rows: their order, and what they are."""
+    rows = {"rows": RowKind()} if flag == "--valid-data" else {}
+    return rows if shuffle else {**rows, "in_order": False}
 
 
 def prepare(args: Any) -> None:
@@ -54,15 +65,38 @@ def prepare(args: Any) -> None:
     """
     if args.train_data and not args.skip_train:
         train = build(args, "--train-data", None, shuffle=True, progress=True)
+        if args.train_epochs is not None:
+            schedule.check(with_steps(args, train))
         if train.scores is not None:
             train.scores.check_content(cache_directory(args))
-    if args.valid_data or args.valid_share:
-        build(args, _validation(args), None, shuffle=False, progress=True)
+    if (flag := evaluation.data_flag(args)) is not None:
+        valid = build(args, flag, None, shuffle=False, progress=True)
+        if not settings().whole_evaluation:
+            evaluation.check_iters(args, valid.rows_per_pass)
 
 
-def _validation(args: Any) -> str:
-    """The flag that names what is evaluated on."""
-    return "--valid-data" if args.valid_data else "--valid-share"
+def with_steps(args: Any, train: ChatDataset) -> argparse.Namespace:
+    """A copy of args with the steps of --train-epochs."""
+    rows = train.plan.rows_of_epochs(args.train_epochs)
+    steps = schedule.steps_of(rows, args.global_batch_size)
+    return argparse.Namespace(**vars(args) | {"train_iters": steps})
+
+
+def settle(args: Any) -> None:
+    """Set what the data decides, on every rank, when it is prepared: the steps of --train-epochs,
+    and how many global batches an evaluation reads."""
+    if args.train_epochs is not None and not args.skip_train:
+        train = build(args, "--train-data", None, shuffle=True)
+        args.train_iters = with_steps(args, train).train_iters
+    if args.eval_interval == evaluation.OPEN:
+        args.eval_interval = evaluation.tenth(args.train_iters or 0)
+    if settings().whole_evaluation:
+        flag = evaluation.data_flag(args)
+        assert flag is not None
+        rows = build(args, flag, None, shuffle=False).rows_per_pass
+        args.eval_iters = rows // args.eval_global_batch_size
+        # Megatron's own way to a whole evaluation counts micro-batches for global ones.
+        args.full_validation = False
 
 
 def _guard_resume(args: Any, train: ChatDataset) -> None:
@@ -74,7 +108,7 @@ def _guard_resume(args: Any, train: ChatDataset) -> None:
             # A refusal, not a crash: the scheduler must not try again.
             raise ResumeError(str(error)) from None
         for line in changes:
-            print_rank_0(f"> resuming with changed data: {line}")
+            terminal.say_once(f"> resuming with changed data: {line}")
     if args.save is not None and args.rank == 0:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         record(args.save, train.identity)
@@ -92,17 +126,37 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         _guard_resume(args, train)
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
-        counted = {name: count for name, count in train.counts.items() if count}
-        print_rank_0(f"> training data: {train.rows_per_pass} rows an epoch, {counted}")
+        counted = [f"{n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n]
+        said = ", ".join([f"{train.rows_per_pass} rows an epoch", *counted, repeats.said(train)])
+        terminal.say_once(f"> training data: {said}")
+        for line in repeats.warnings(train):
+            if args.rank == 0:
+                terminal.warn(f"warning: {line}")
         if train.scores is not None:
             model = train.scores.header["model"]
-            print_rank_0(f"> reference: stored scores of {model['name']}, made in {model['dtype']}")
-    if (args.valid_data or args.valid_share) and (args.full_validation or args.eval_iters):
-        valid = build(args, _validation(args), num_samples[1], shuffle=False)
+            terminal.say_once(
+                f"> reference: stored scores of {model['name']}, made in {model['dtype']}"
+            )
+    flag = evaluation.data_flag(args)
+    if flag is not None and args.eval_iters:
+        valid = build(args, flag, num_samples[1], shuffle=False)
+        VALID_SOURCES[:] = valid.sources
+        if settings().whole_evaluation:
+            args.consumed_valid_samples = 0  # every pass is the same, and begins at its beginning
+        terminal.say_once(f"> {_evaluates(args, flag, valid.rows_per_pass)}")
     found = {"--train-data": train, "--valid-data": valid}
     agreement.check_start(args, {k: v.identity for k, v in found.items() if v is not None})
     return train, valid, None
 
 
 # Every rank builds the data sets itself: they are the same pure function of the flags everywhere.
+def _evaluates(args: Any, flag: str, rows: int) -> str:
+    read = min(args.eval_iters * args.eval_global_batch_size, rows)
+    part = "whole" if read == rows else f"{read} rows at a time"
+    when = f"every {args.eval_interval} steps and at the end"
+    if args.skip_train or args.eval_interval > (args.train_iters or 0):
+        when = "at the end"
+    return f"evaluation: {rows} rows of {flag}, {part}, {when}"
+
+
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]

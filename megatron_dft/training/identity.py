@@ -31,6 +31,8 @@ def run_identity() -> dict[str, Any]:
     }
     if chosen.full_weight:  # absent where none do, as in what earlier runs have recorded
         identity["loss"]["full_weight"] = chosen.full_weight
+    if chosen.weighs_normalizer:
+        identity["loss"]["normalizer"] = "weights"
     if chosen.reference_scores is not None:
         scores = ReferenceScores(chosen.reference_scores)
         identity["loss"]["reference_scores"] = scores.header["sha256"]

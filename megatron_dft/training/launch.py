@@ -7,20 +7,23 @@ first. So Megatron, and what imports it, is imported inside functions here.
 import contextlib
 import functools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_dft import terminal
 from megatron_dft.compat import hooks, loopback, release, safe_load, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
+from megatron_dft.flags.help_page import print_help
+from megatron_dft.flags.objective import line as objective_line
+from megatron_dft.flags.settings import settings
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
-from megatron_dft.recovery.exit_codes import REFUSED
+from megatron_dft.recovery.exit_codes import FINISHED, REFUSED
 from megatron_dft.storage.safe_pickle import UnsafeFileError
-from megatron_dft.training import directories, waiting
+from megatron_dft.training import directories, log_file, waiting
 
 
 def launch(
@@ -47,13 +50,21 @@ def launch(
         if os.environ["RANK"] == "0":
             held.enter_context(directories.owned(args, scoring))
 
+    def get_ready(args: Any) -> None:
+        if os.environ["RANK"] == "0" and not scoring:
+            terminal.head(f"> {objective_line(sys.argv[1:], settings().objective)}")
+        _on_each_node(prepare_and_hold, args)
+        log_file.begin(args, scoring)
+
+    if print_help(sys.argv[1:], scoring):
+        return FINISHED
     with held:
-        return _launch(prepare_and_hold, work, scoring)
+        return _launch(get_ready, work, scoring)
 
 
-def _launch(prepare: Callable[[Any], None], work: Callable[[Any], None], scoring: bool) -> int:
+def _launch(get_ready: Callable[[Any], None], work: Callable[[Any], None], scoring: bool) -> int:
     try:
-        args = configure(sys.argv[1:], functools.partial(_on_each_node, prepare), scoring)
+        args = configure(sys.argv[1:], get_ready, scoring)
     except waiting.OthersRefused:
         return REFUSED
     except (ValueError, AssertionError) as error:
@@ -68,7 +79,7 @@ def _launch(prepare: Callable[[Any], None], work: Callable[[Any], None], scoring
 
 def _refuse(error: Exception) -> int:
     if _is_first_local_rank():
-        print(f"{socket.gethostname()}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        terminal.fail(f"{one_line(error)}")
     if os.environ.get("RANK", "0") == "0":
         status.record("refused", one_line(error))
     return REFUSED
@@ -88,11 +99,9 @@ def configure(
     """
     _default_environment()
     loopback.install()
-    found = release.check_release()
+    release.check_release()
     if wants_cpu(requested_device(argv)):
         runtime.activate()
-        if os.environ["RANK"] == "0":
-            print(f"megatron_dft: running on the CPU over gloo (megatron-core {found})", flush=True)
     else:
         wgrad_fusion.install()
         torch_norm.install(has_transformer_engine())
@@ -135,7 +144,10 @@ def _default_environment() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_PORT" not in os.environ:
+        # Two runs of one process each may stand on one machine.
+        alone = os.environ["WORLD_SIZE"] == "1"
+        os.environ["MASTER_PORT"] = str(loopback.free_port() if alone else 29500)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

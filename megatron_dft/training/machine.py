@@ -6,14 +6,13 @@ takes for this model's rows, and who does Megatron's fused accumulation of weigh
 
 import os
 import re
-import socket
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dft import terminal
 from megatron_dft.compat import wgrad_fusion
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import has_transformer_engine
@@ -80,7 +79,7 @@ def describe(attention_backend: str | None, rows: str = "rows") -> list[str]:
     attention_backend: as attention.backend gives it, None where it was not asked.
     """
     if runtime.is_active() or not torch.cuda.is_available():
-        return [f"machine: CPU, gloo; torch {torch.__version__}, megatron-core "
+        return [f"machine: running on the CPU over gloo; torch {torch.__version__}, megatron-core "
                 f"{_package('megatron-core')}"]  # fmt: skip
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     fusion = "apex" if wgrad_fusion.is_apex_there() else "cuBLAS (no apex is needed)"
@@ -115,22 +114,18 @@ def report(args: Any) -> None:
     if os.environ["RANK"] == "0":
         rows = "rows of one conversation" if args.no_packing else "packed rows"
         for line in describe(chosen, rows):
-            print(f"> {line}", flush=True)
+            terminal.say(f"> {line}")
     if chosen is None or chosen in (attention.FUSED, attention.FLASH):
         return
     if not args.require_fused_attention:
-        _say(f"WARNING: attention is {chosen}: {UNFUSED_REMEDY}")
+        terminal.warn(f"warning: attention is {chosen}: {UNFUSED_REMEDY}")
         return
     message = (
         f"--require-fused-attention: expected fused or flash attention, got {chosen}; "
         f"{UNFUSED_REMEDY}"
     )
     if os.environ["LOCAL_RANK"] == "0":
-        _say(f"error: {message}")
+        terminal.fail(f"{message}")
     if os.environ["RANK"] == "0":
         status.record("refused", message)
     raise SystemExit(REFUSED)
-
-
-def _say(text: str) -> None:
-    print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)

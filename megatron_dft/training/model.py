@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from megatron.core.utils import unwrap_model
-from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_dft import terminal
 from megatron_dft.compat import moe_losses
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.compat.loop import separate_mtp_losses
@@ -75,7 +75,7 @@ def _build_reference(config: GPTModelConfig, chunks: list[Any]) -> None:
     builder = config.get_builder_cls()(config)
     vocab_size = chosen.vocab_size or chunk.vocab_size
     chunk.dft_reference = ReferenceModel(builder, chunk, chosen.reference_checkpoint, vocab_size)
-    print_rank_0(
+    terminal.say_once(
         f"> reference model {chosen.reference_checkpoint.name}: "
         f"{chunk.dft_reference.bytes / 2**20:,.1f} MiB of frozen weights on each rank like this one"
     )
@@ -86,7 +86,7 @@ def prepare(chunks: list[Any], args: Any) -> None:
     chosen = settings()
     resumes = checkpoint_exists(args.load)
     if chosen.checkpoint is not None and (is_wanted(args) or not resumes):
-        print_rank_0(f"> reading the weights of {chosen.checkpoint.name} ...")
+        terminal.say_once(f"> reading the weights of {chosen.checkpoint.name} ...")
         load_hf_weights(chunks, chosen.checkpoint)
     if args.qat is not None:
         for chunk in chunks:
@@ -104,9 +104,8 @@ def prepare(chunks: list[Any], args: Any) -> None:
         )
         error = test.run(chunked=chosen.route.head)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            print(f"> {chosen.route.line}")
-            print(
+            terminal.say(f"> {chosen.route.line}")
+            terminal.say(
                 f"> self-test: the gradient of --loss {chosen.objective.name} is the formula's "
-                f"(relative error {error:.1e})",
-                flush=True,
+                f"(relative error {error:.1e})"
             )

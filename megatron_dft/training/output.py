@@ -1,19 +1,25 @@
 """What a run gives besides Megatron's log: progress lines and Hugging Face exports."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
 
+from megatron_dft import terminal
 from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
 from megatron_dft.hf.export import save_hf
+from megatron_dft.hf.portable import hub_name, portable
 from megatron_dft.hf.secrets import masked_line
-from megatron_dft.losses.report import CROSS_ENTROPY
+from megatron_dft.hf.source import HFCheckpoint
+from megatron_dft.losses.report import CROSS_ENTROPY, ROWS_DROPPED
+from megatron_dft.step.chunked_head import row_filter
 from megatron_dft.step.loss import FIGURES
 from megatron_dft.storage.dtypes import WORDS
 from megatron_dft.storage.files import sha256_of_file
@@ -61,7 +67,7 @@ class Output:
         if not objective.signed:  # else the ends of bad answers, which are to fade, are among them
             warning = self.ends.warning(objective.name, self.args.dft_full_weight)
         if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
-            print(f"> warning: {warning}", flush=True)
+            terminal.say(f"> warning: {warning}")
         if self.args.save_hf is not None:
             self.export(Path(self.args.save_hf))
 
@@ -82,8 +88,11 @@ class Output:
         found: dict[str, Any] = {}
         steps = 0
         if self._is_due(call):
-            found, steps = FIGURES.take(mpu.get_data_parallel_group(with_context_parallel=True))
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            found, steps = FIGURES.take(group)
             found.pop(CROSS_ENTROPY, None)  # Megatron has it from each step
+            if steps and (rows := row_filter()) is not None:
+                found[ROWS_DROPPED] = torch.tensor(rows.take(group))
             losses.update(found)
         self.handle.lens.targets.before_log(losses)
         if self.progress is None:
@@ -132,7 +141,7 @@ class Output:
             chat=trained_chat(self.args),
         )
         if dist.get_rank() == 0:
-            print(f"> Hugging Face checkpoint: {path}", flush=True)
+            terminal.say(f"> Hugging Face checkpoint: {path}")
 
     def _card(self, metrics: dict[str, float]) -> str:
         checkpoint, objective = settings().checkpoint, settings().objective
@@ -144,8 +153,19 @@ class Output:
             parameters={**objective.settings, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
-            command=masked_line(sys.argv),
+            command=_command(self.args, checkpoint),
+            base_model=self.args.hf_base_model,
         )
+
+
+def _command(args: Any, checkpoint: HFCheckpoint) -> str:
+    """The launch of this run as a shell takes it elsewhere: no key in it, no path of this one."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    nodes = ["--nnodes", str(args.world_size // here)] if args.world_size > here else []
+    launch = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "megatron_dft.train"]
+    base = args.hf_base_model or hub_name(checkpoint)[0]
+    words = portable(sys.argv[1:], {checkpoint.name: base} if base else None)
+    return masked_line([*launch, *words])
 
 
 def _content(source: str) -> str:

@@ -1,12 +1,12 @@
 """One line a step that a person can read: rich on a terminal, else plain."""
 
-import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from megatron_dft import terminal
 from megatron_dft.losses.report import (
     CROSS_ENTROPY,
     END_PROB,
@@ -15,6 +15,12 @@ from megatron_dft.losses.report import (
     histogram_key,
 )
 
+_SHORT = {
+    "dft/mean-prob": "p",
+    "dft/mean-weight": "weight",
+    "dft/token-accuracy": "accuracy",
+    END_PROB: "end p",
+}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -24,6 +30,11 @@ def sparkline(shares: list[float]) -> str:
     if highest <= 0:
         return _BARS[0] * len(shares)
     return "".join(_BARS[round(share / highest * (len(_BARS) - 1))] for share in shares)
+
+
+def short_figures(figures: dict[str, float]) -> list[str]:
+    """The figures between 0 and 1 that are there, each with a short name."""
+    return [f"{short} {figures[name]:.3f}" for name, short in _SHORT.items() if name in figures]
 
 
 def duration(seconds: float) -> str:
@@ -60,7 +71,7 @@ class Progress:
         self.style, self.prints, self.steps, self.interval = style, prints, steps, interval
         self.micro_batches, self.writer = micro_batches, writer
         self.console = console or Console(
-            file=sys.stdout, soft_wrap=True, highlight=False, force_terminal=style == "rich"
+            file=terminal.out(), soft_wrap=True, highlight=False, force_terminal=style == "rich"
         )
         # The first line comes after the set-up: there is no step before it to time.
         self.mark: float | None = None
@@ -111,15 +122,7 @@ class Progress:
             for name, value in figures.items()
             if name.endswith(" loss") and name != CROSS_ENTROPY
         ]
-        names = {
-            "dft/mean-prob": "p",
-            "dft/mean-weight": "weight",
-            "dft/token-accuracy": "accuracy",
-            END_PROB: "end p",
-        }
-        parts += [
-            f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures
-        ]
+        parts += short_figures(figures)
         if call.get("grad_norm") is not None:
             parts.append(f"grad {float(call['grad_norm']):.3g}")
         if call.get("learning_rate") is not None:
@@ -129,9 +132,9 @@ class Progress:
         if self.style == "rich":
             self.console.print(Text(text, style="bold cyan"))
         else:
-            print(text, flush=True)
+            terminal.say(text)
 
 
 def choose(style: str) -> str:
     """auto → rich on a terminal, plain in a log."""
-    return ("rich" if sys.stdout.isatty() else "plain") if style == "auto" else style
+    return ("rich" if terminal.out().isatty() else "plain") if style == "auto" else style

@@ -15,12 +15,13 @@ from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_args, print_rank_0
+from megatron.training import get_args
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch import Tensor
 
+from megatron_dft import terminal
 from megatron_dft.compat import checkpointing
 from megatron_dft.data.dataset import ChatDataset
 from megatron_dft.data.reference_scores import ScoreWriter
@@ -59,12 +60,13 @@ def score(args: Any) -> None:
     writer = _writer(args, data) if writes else None
     borders, done = _plan(writer)
     todo = [i for i in range(len(borders)) if i not in done]
-    print_rank_0(f"> scoring: {len(todo)} of {len(borders)} segments are to be done")
+    if dist.get_rank() == 0:
+        terminal.say(f"> scoring: {len(todo)} of {len(borders)} segments are to be done")
     if todo:
         _score_segments(args, data, writer, borders, todo)
     if writer is not None and not writer.complete:
         header = writer.finish().header
-        print(f"> scores of {header['model']['name']}: {args.dft_reference_scores}", flush=True)
+        terminal.say(f"> scores of {header['model']['name']}: {args.dft_reference_scores}")
     dist.barrier()
 
 
@@ -102,10 +104,9 @@ def _score_segments(
         scores = rows.split(found)
         writer.write(segment, scores)
         tokens += sum(map(len, scores.values()))
-        print(
+        terminal.say(
             f"> scored {number} of {len(todo)} segments, "
-            f"{tokens / (time.monotonic() - started):,.0f} tokens/s",
-            flush=True,
+            f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
         )
 
 

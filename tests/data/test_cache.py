@@ -12,6 +12,7 @@ import pytest
 from megatron_dft.data import cache, prepare, verified
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.tokenizer import encoder_spec
 from tests.data.cached import prepared, same_store, some_rows
@@ -75,7 +76,9 @@ def test_the_cache_goes_by_content(tmp_path, tokenizer):
     spec = encoder_spec(tokenizer)
 
     def key(where, spec=spec, data_format=None):
-        return cache.store_parts(parse_sources([where])[0], spec, data_format, tmp_path / "c")
+        return cache.store_parts(
+            parse_sources([where])[0], spec, Reading(data_format), tmp_path / "c"
+        )
 
     first = key(path)
     assert key(write_jsonl(tmp_path / "copy.jsonl", rows)) == first

@@ -169,7 +169,7 @@ def test_batches_stay_small_however_large_the_file(tmp_path, monkeypatch):
         (["0:{a}"], "the weight must be above 0"),
         (["0.5:{a}", "{a}"], "has a weight and .* has none"),
         (["{a}.txt"], "unknown kind of file; expected .jsonl"),
-        (["{empty}"], "a directory without .jsonl or .parquet files"),
+        (["{empty}"], "a directory without .jsonl, .parquet or .csv files"),
         (["no/such-hub-name"], "data set 'no/such-hub-name' cannot be loaded: .*without network"),
         (["{splits}"], r"has the splits \['test'\] and no 'train'; name one"),
     ],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_dft.data.batches import RowBatch
 from megatron_dft.data.encode import ChatEncoder
+from megatron_dft.data.reading import Reading
 from megatron_dft.data.spec import END, SUPERVISED, WRITTEN
 from megatron_dft.data.tokenize_rows import tokenize_batch
 from megatron_dft.data.tokenizer import encoder_spec
@@ -52,7 +53,7 @@ class _Alarm:
 
 
 def _tokenise(rows, encoder):
-    result = tokenize_batch(RowBatch(0, list(range(1, len(rows) + 1)), rows), encoder, None)
+    result = tokenize_batch(RowBatch(0, list(range(1, len(rows) + 1)), rows), encoder, Reading())
     counts, block = result.block.counts, result.block
     assert all(b.reason and "\n" not in b.reason and len(b.reason) < 1500 for b in result.bad)
     assert counts["bad_rows"] == len(result.bad) and counts["rows"] == len(rows)

@@ -10,10 +10,10 @@ from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.pairs import parse_pair
 from megatron_dft.data.schema import NothingToTrain, parse_row
-from megatron_dft.data.spec import ID_MASK, SUPERVISED, Reading
+from megatron_dft.data.spec import ID_MASK, SUPERVISED, RowKind
 from tests.data.fixtures import chatml_tokenizer, write_jsonl
 
-PAIRS = Reading("pairs")
+PAIRS = RowKind("pairs")
 USER = {"role": "user", "content": "q"}
 
 
@@ -81,7 +81,7 @@ def test_a_pair_of_weight_0_is_left_out_and_chat_refuses_pairs():
 
 
 def _build(path, **options):
-    given = {"seq_length": 96, "seed": 5, "reading": PAIRS, **options}
+    given = {"seq_length": 96, "seed": 5, "rows": PAIRS, **options}
     return build_dataset([path], chatml_tokenizer(), DatasetOptions(**given))
 
 

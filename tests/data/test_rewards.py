@@ -6,10 +6,10 @@ from megatron_dft.data.conversation import RowError
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.schema import NothingToTrain, parse_row
-from megatron_dft.data.spec import Reading
+from megatron_dft.data.spec import RowKind
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
-WEIGHTED, SIGNED = Reading("weighted"), Reading("rewarded", -0.2)
+WEIGHTED, SIGNED = RowKind("weighted"), RowKind("rewarded", -0.2)
 
 
 def _row(**keys):
@@ -56,7 +56,7 @@ def test_a_bad_reward_is_one_line(reading, reward, reason):
 
 
 def test_a_reward_of_0_is_left_out_where_it_counts_as_nothing():
-    for reading in (WEIGHTED, Reading("rewarded", 0.0)):
+    for reading in (WEIGHTED, RowKind("rewarded", 0.0)):
         with pytest.raises(NothingToTrain):
             parse_row(_row(reward=0), None, reading)
 
@@ -65,7 +65,7 @@ def test_signed_rewards_reach_the_rows_and_have_a_cache_of_their_own(tmp_path):
     rows = [_row(reward=r) for r in (1, -2, 0)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     given = dict(seq_length=128, cache_dir=tmp_path / "cache", shuffle=False)
-    data = build_dataset([path], chatml_tokenizer(), DatasetOptions(reading=SIGNED, **given))
+    data = build_dataset([path], chatml_tokenizer(), DatasetOptions(rows=SIGNED, **given))
     row = data[0]
     found = row["token_weights"][row["loss_mask"] == 1]
     assert found.unique().tolist() == pytest.approx([-2, -0.2, 1])

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_dft.data.options import DatasetOptions
-from megatron_dft.data.spec import Reading
+from megatron_dft.data.spec import RowKind
 from megatron_dft.flags import data as flags
 
 
@@ -22,14 +22,16 @@ def test_the_flags_are_options_of_a_data_set(tmp_path, monkeypatch):
         "--data-errors", "skip", "--max-bad-rows", "3", "--data-cache", str(tmp_path),
         "--chat-template-args", '{"enable_thinking": false}', "--template-date", "2024-07-26",
         "--chat-rewrites", "refuse", "--data-format", "alpaca", "--data-workers", "2",
-        "--chat-drops", "warn",
+        "--chat-drops", "warn", "--columns", "output=answer", "instruction=question",
+        "--mask-history", "--max-samples", "5", "--no-shuffle",
     )  # fmt: skip
     options = flags.dataset_options(args)
     assert options == dict(
         packing=False, overlong="truncate", errors="skip", max_bad_rows=3.0, cache_dir=tmp_path,
         data_format="alpaca", template_args={"enable_thinking": False},
         template_date="2024-07-26", rewrites="refuse", workers=2,
-        drops="warn", valid_share=0.0, reading=Reading(),
+        drops="warn", valid_share=0.0, mask_history=True, max_samples=5, in_order=True,
+        columns=(("instruction", "question"), ("output", "answer")), rows=RowKind(),
     )  # fmt: skip
     assert set(options) <= {field.name for field in dataclasses.fields(DatasetOptions)}
     assert args.train_data == ["0.5:a.jsonl", "2:b.parquet"]
@@ -75,14 +77,14 @@ def test_a_limit_without_skip_is_refused():
 def _of_loss(loss, *words):
     args = _parse(*words)
     args.loss = loss
-    return flags.dataset_options(args)["reading"]
+    return flags.dataset_options(args)["rows"]
 
 
 def test_the_loss_says_what_rows_are():
-    assert _of_loss("dft") == Reading() and _of_loss("dpo") == Reading("pairs")
-    assert _of_loss("dft", "--reward-weights") == Reading("weighted")
-    assert _of_loss("rift") == Reading("rewarded", -0.2)
-    assert _of_loss("rift", "--wrong-reward", "0") == Reading("rewarded", 0.0)
+    assert _of_loss("dft") == RowKind() and _of_loss("dpo") == RowKind("pairs")
+    assert _of_loss("dft", "--reward-weights") == RowKind("weighted")
+    assert _of_loss("rift") == RowKind("rewarded", -0.2)
+    assert _of_loss("rift", "--wrong-reward", "0") == RowKind("rewarded", 0.0)
 
 
 @pytest.mark.parametrize(

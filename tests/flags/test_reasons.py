@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from megatron_dft.flags import megatron, route
+from megatron_dft.flags import megatron
 from megatron_dft.losses import registry
 
 _DFT = registry.get("dft")
@@ -54,21 +54,3 @@ def test_quantised_parameters():
 @pytest.mark.parametrize("dest", ["fp8_output_proj", "defer_embedding_wgrad_compute"])
 def test_output_layers_of_another_kind(dest):
     assert "--" + dest.replace("_", "-") in _refused(**{dest: True})
-
-
-def test_heads_of_mtp_beside_the_chunked_one_under_fusion():
-    """One call of the layer marks the weight as added, and DDP drops what autograd returns."""
-    from megatron.core.distributed import distributed_data_parallel
-    from megatron.core.tensor_parallel import layers
-
-    given = dict(
-        loss_chunk_size=16, loss_route=None, loss_memory=1024.0, loss_row_filter=None,
-        cross_entropy="auto", mtp_num_layers=1, gradient_accumulation_fusion=True, kl_coeff=0.0,
-        cross_entropy_loss_fusion=False,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="--no-gradient-accumulation-fusion"):
-        route.check(argparse.Namespace(**given), _DFT, None)
-    given["gradient_accumulation_fusion"] = False
-    route.check(argparse.Namespace(**given), _DFT, None)
-    assert "weight.grad_added_to_main_grad = True" in inspect.getsource(layers)
-    assert "not param.grad_added_to_main_grad" in inspect.getsource(distributed_data_parallel)

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.flags.refused import refused
-from tests.ranks import run_ranks
 from tests.train.launch import flags
 
 CASES = {
@@ -26,6 +25,17 @@ CASES = {
     ),
     "no data": (dict(train_data=None), ["--train-data"]),
     "no steps": (dict(train_iters=None), ["--train-iters"]),
+    "two lengths": (dict(train_epochs=2), ["--train-epochs 2", "--train-iters 5", "drop one"]),
+    "no epoch": (dict(train_iters=None, train_epochs=0), ["--train-epochs", "above 0"]),
+    "a warm-up longer than the epochs": (
+        dict(train_iters=None, train_epochs=1, lr_warmup_iters=6, lr_decay_style="cosine"),
+        ["--lr-warmup-iters", "shorter than --train-iters 6", "got 6"],
+    ),
+    "a column without a name": (dict(columns=["question"]), ["--columns", "NAME=COLUMN"]),
+    "shares in the order of the files": (
+        dict(no_shuffle=True, train_data="epochs=2:CHATS"),
+        ["--no-shuffle", "--train-data", "drop them"],
+    ),
     "no learning rate": (dict(lr=None), ["--lr"]),
     "row longer than the model's positions": (
         dict(seq_length=256),
@@ -45,8 +55,31 @@ CASES = {
     "Megatron's own SFT": (dict(sft=True), ["--sft", "--train-data"]),
     "a dtype for nothing": (dict(save_hf_interval=2), ["--save-hf-interval", "--save-hf"]),
     "checkpoints without an interval": (dict(save="somewhere"), ["--save", "--save-interval"]),
+    "an object store": (dict(enable_msc=True), ["--enable-msc", "file system", "copy finished"]),
+    "a URL for checkpoints": (
+        dict(save="msc://store/run", save_interval=1),
+        ["--save: expected a directory", "msc://store/run"],
+    ),
+    "a card's base that no hub has": (
+        dict(save_hf="out", hf_base_model="/m/qwen"),
+        ["--hf-base-model", "ORG/NAME", "/m/qwen"],
+    ),
+    "a card's base without a card": (
+        dict(hf_base_model="org/qwen"),
+        ["--hf-base-model", "--save-hf"],
+    ),
     "a flag that Megatron refuses": (dict(lr_warmup_fraction=0.1, lr_warmup_iters=3), ["warmup"]),
     "evaluation without data": (dict(eval_iters=2), ["--eval-iters", "--valid-data"]),
+    "an interval without data": (dict(eval_interval=5), ["--eval-interval 5", "--valid-data"]),
+    "data without evaluation": (
+        dict(valid_share=0.1, eval_iters=0),
+        ["--eval-iters 0", "--valid-share", "drop one"],
+    ),
+    "whole and in part": (
+        dict(valid_share=0.1, eval_iters=1, full_validation=True),
+        ["--full-validation", "--eval-iters 1", "drop one"],
+    ),
+    "never": (dict(valid_share=0.1, eval_interval=0), ["--eval-interval", "at least 1", "0"]),
     "a reference for nothing": (
         dict(dft_reference_model="x"),
         ["--dft-reference-model", "--kl-coeff"],
@@ -102,12 +135,19 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_in_one_line(case, tiny_model, chats):
     given, words = CASES[case]
-    ((status, text),) = refused(1, flags(tiny_model, chats, **given))
+    words_given = flags(tiny_model, chats, **given)
+    ((status, text),) = refused(1, [w.replace("CHATS", str(chats)) for w in words_given])
     assert status == 2, text
     line = text.strip().splitlines()[-1]
     assert "Traceback" not in text
     for word in words:
         assert word in line, line
+
+
+def test_an_evaluation_that_would_read_rows_twice(tiny_model, chats):
+    ((status, text),) = refused(1, flags(tiny_model, chats, valid_data=chats, eval_iters=7))
+    assert status == 2 and text.count("\n") == 1
+    assert "--eval-iters: --valid-data has 6 global batches of 8 rows, got 7" in text
 
 
 LAYOUTS = {
@@ -199,26 +239,3 @@ def test_an_existing_export_is_not_overwritten(tiny_model, chats, tmp_path):
     (tmp_path / "out" / "precious").write_text("x")
     ((status, text),) = refused(1, flags(tiny_model, chats, save_hf=tmp_path / "out"))
     assert status == 2 and "--overwrite" in text
-
-
-def _help(module):
-    import contextlib
-    import importlib
-    import io
-
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        try:
-            importlib.import_module(module).main(["--help"])
-        except SystemExit as exit:
-            return exit.code, text.getvalue()
-
-
-@pytest.mark.parametrize("module", ["megatron_dft.train", "megatron_dft.score"])
-def test_help_prints_megatrons_flags_and_ours(module):
-    ((status, text),) = run_ranks(_help, 1, module, init=False)
-    assert status == 0
-    words = text.split()
-    for flag in ("--tensor-model-parallel-size", "--hf-model", "--train-data", "--dft-mix-alpha"):
-        assert flag in words, flag
-    assert "2508.05629" in text

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_dft.losses import registry, vocab_parallel
 from megatron_dft.losses.vocab_parallel import (
     vocab_parallel_dft_loss,
+    vocab_parallel_loss,
     vocab_parallel_statistics,
 )
 from tests.losses.reference import HAS_KL, PARAMETERS, relative_error
@@ -103,6 +104,29 @@ def test_layouts_that_are_not_contiguous_are_neither_copied_nor_changed():
         assert torch.equal(loss.permute(order), expected)
         assert torch.equal(logits.grad.permute(*order, 2), plain.grad)
         assert torch.equal(view, before)
+
+
+def test_shapes_that_do_not_fit_are_refused_with_the_way_out():
+    logits, target = torch.randn(4, 5, VOCAB), torch.zeros(4, 5, dtype=torch.int64)
+    for wrong, message in (
+        (target.t(), r"target: expected the shape \(4, 5\).*transpose it: target.t\(\)"),
+        (target[:, 1:], r"logits\[:, :-1\] go with ids\[:, 1:\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vocab_parallel_dft_loss(logits, wrong)
+    with pytest.raises(ValueError, match=r"reference_log_prob: expected the shape \(4, 5\)"):
+        turned = {"reference_log_prob": torch.zeros(5, 4)}
+        vocab_parallel_loss(logits, target, None, "psft", token_stats=turned)
+
+
+def test_an_objective_may_be_given_by_its_name():
+    logits, target = torch.randn(6, VOCAB).double(), torch.arange(6)
+    log_prob = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+    loss, weight = vocab_parallel_loss(logits, target, None, "dft")
+    torch.testing.assert_close(weight, log_prob.exp())
+    torch.testing.assert_close(loss, -log_prob.exp() * log_prob)
+    with pytest.raises(ValueError, match="--loss: expected one of sft, dft"):
+        vocab_parallel_loss(logits, target, None, "DFT")
 
 
 def test_padded_vocabulary_takes_no_probability_and_no_gradient():

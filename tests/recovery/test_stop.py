@@ -60,6 +60,10 @@ def test_one_signal_one_checkpoint_and_a_bit_equal_continuation(
     stopped = go("parts", before=_signal_last_rank_at_step_2)
     assert stopped.codes == [75] * ranks
     assert stopped.word == "stopped"
+    assert stopped.texts[0].splitlines()[-1] == (
+        f"> stopped as asked: step 2 of 4; checkpoint in {tmp_path / 'parts'}, from which --load "
+        "goes on"
+    )
     assert [s["step"] for s in stopped.steps] == [1, 2]
     assert [p.name for p in sorted((tmp_path / "parts").glob("iter_*"))] == ["iter_0000002"]
     rest = go("parts")

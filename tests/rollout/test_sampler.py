@@ -85,7 +85,7 @@ def test_greedy_is_the_most_probable_token_each_time(model):
     ids = torch.tensor([one._prompts.ids(PROMPTS[2])])
     drawn = []
     for _ in range(6):
-        drawn.append(int(one._model(ids).logits[0, -1].argmax()))
+        drawn.append(int(one.model(ids).logits[0, -1].argmax()))
         ids = torch.cat([ids, torch.tensor([drawn[-1:]])], 1)
         if drawn[-1] in one._prompts.stops:
             break
@@ -143,7 +143,7 @@ def test_a_finished_directory_needs_no_model(model, tmp_path):
     draw_samples(tmp_path, PROMPTS, 1, DECODING, backend(model))
     again = backend(model)
     outcome = draw_samples(tmp_path, PROMPTS, 1, DECODING, again)
-    assert (outcome.samples, outcome.kept) == (0, 5) and "_model" not in vars(again)
+    assert (outcome.samples, outcome.kept) == (0, 5) and "model" not in vars(again)
 
 
 def test_parts_share_the_prompts(model, tmp_path):

@@ -160,12 +160,6 @@ TRAINING = {
 }
 
 
-def _cli(argv):
-    from megatron_dft import cli
-
-    return cli.main(["score", *argv])
-
-
 def check_content(directory, cache):
     from megatron_dft.data.reference_scores import ReferenceScores
 

@@ -24,11 +24,11 @@ def path(tmp_path_factory):
 def test_the_figures_are_of_this_model_and_every_step_has_all_pairs(tiny_model, path):
     from megatron_dft.data.dataset import build_dataset
     from megatron_dft.data.options import DatasetOptions
-    from megatron_dft.data.spec import Reading
+    from megatron_dft.data.spec import RowKind
     from megatron_dft.data.tokenizer import load_tokenizer
 
     assert digest(tiny_model) == THEIRS["weights"], "run tools/trl_dpo.py"
-    options = DatasetOptions(SEQ_LENGTH, RUN["steps"] * ROWS, 1234, reading=Reading("pairs"))
+    options = DatasetOptions(SEQ_LENGTH, RUN["steps"] * ROWS, 1234, rows=RowKind("pairs"))
     data = build_dataset([path], load_tokenizer(tiny_model), options)
     for step in range(RUN["steps"]):
         rows = [data.plan.members(step * ROWS + r) for r in range(ROWS)]

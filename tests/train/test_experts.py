@@ -7,6 +7,17 @@ from tests.train.launch import assert_same_training
 
 LAYOUTS = {
     "ep2": dict(expert_model_parallel_size=2),
+    # As examples/configs/qwen3-30b-a3b.sh, but for the grouped kernels.
+    "ep2-alltoall-recomputed": dict(
+        expert_model_parallel_size=2,
+        moe_token_dispatcher_type="alltoall",
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    ),
     "tp2-sp-ep2": dict(
         tensor_model_parallel_size=2,
         sequence_parallel=True,

@@ -69,6 +69,27 @@ def test_the_heads_under_tensor_parallelism(run):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
+def _fused():
+    """Gradient accumulation fusion on the CPU too, by the stand-in for apex's module."""
+    from megatron_dft.compat import wgrad_fusion
+    from megatron_dft.flags import defaults
+
+    wgrad_fusion.install()
+    defaults.CPU_DEFAULTS["gradient_accumulation_fusion"] = True
+
+
+def test_the_chunked_head_and_the_heads_add_to_one_main_grad(tiny_model, chats, start):
+    """Megatron's calls for the heads mark the weight as added, and DDP drops what autograd has."""
+    argv = flags(
+        tiny_model, chats, load=start, loss="sft", allow_change="loss",
+        loss_chunk_size=16, train_iters=3, **MTP,
+    )  # fmt: skip
+    plain, fused = run_train(1, *argv), run_train(1, *argv, before=_fused)
+    for ours, theirs in zip(fused, plain, strict=True):
+        for name in ("lm loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
 def test_the_heads_gradient_is_the_formula_s():
     from types import SimpleNamespace
 

@@ -88,3 +88,12 @@ def test_every_kind_of_objective_in_both_routes(tiny_model, chats, loss):
     for ours, theirs in zip(two, one, strict=True):
         for name in ("lm loss", f"{loss} loss", "dft/mean-weight", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_the_share_of_filtered_rows_is_logged(tiny_model, chats):
+    """Over two data-parallel ranks, of the rows of both; a generous bound leaves many out."""
+    argv = flags(tiny_model, chats, loss_row_filter=0.2, train_iters=2)
+    alone, two = run_train(1, *argv), run_train(2, *argv)
+    for ours, theirs in zip(alone, two, strict=True):
+        assert 0.05 < ours["dft/rows-dropped"] < 0.95
+        assert ours["dft/rows-dropped"] == pytest.approx(theirs["dft/rows-dropped"], abs=0.05)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dft.drift.run_log import read_runs
 from tests.train.launch import flags, largest_relative_error, run_train, scalars, weights
 
 SEQ = 64
@@ -83,37 +84,54 @@ def test_padded_vocabulary_rows_take_no_probability(tiny_model, chats, tmp_path)
 
 
 def test_evaluation_is_plain_cross_entropy(tiny_model, chats, tmp_path):
-    """The validation figure of a DFT run is the cross entropy that transformers computes."""
+    """The validation figures of a DFT run are the cross entropies that transformers computes: of
+    --valid-data whole, once, and of each of its items; no flag is needed."""
     from transformers import AutoModelForCausalLM
 
     from tests.train import reference
 
-    log = tmp_path / "log"
+    log, some = tmp_path / "log", tmp_path / "some.jsonl"
+    some.write_text("".join(chats.read_text().splitlines(keepends=True)[:7]))
     run_train(
         2,
         *flags(
             tiny_model,
             chats,
-            valid_data=chats,
+            valid_data=[chats, some],
             tensor_model_parallel_size=2,
-            eval_iters=6,
-            eval_interval=5,
             lr=1e-9,
             min_lr=1e-9,
             tensorboard_dir=log,
         ),
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    total, number = 0.0, 0
-    for ids, trained in reference.read_rows(tiny_model, chats):
-        tokens, mask = torch.tensor(ids), torch.tensor(trained[1:], dtype=torch.float32)
-        with torch.no_grad():
-            logits = model(tokens[None, :-1]).logits[0]
-        ce = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-        total, number = total + float((ce * mask).sum()), number + int(mask.sum())
-    logged = scalars(log)
-    assert logged["lm loss validation"] == pytest.approx(total / number, abs=1e-4)
+    logged, sums = scalars(log), torch.zeros(2)
+    for path in (chats, some):
+        own = torch.zeros(2)
+        for ids, trained in reference.read_rows(tiny_model, path):
+            tokens, mask = torch.tensor(ids), torch.tensor(trained[1:], dtype=torch.float32)
+            with torch.no_grad():
+                logits = model(tokens[None, :-1]).logits[0]
+            ce = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            own += torch.stack([(ce * mask).sum(), mask.sum()])
+        expected = float(own[0] / own[1])
+        assert logged[f"lm loss of {path} validation"] == pytest.approx(expected, abs=1e-4)
+        sums += own
+    assert logged["lm loss validation"] == pytest.approx(float(sums[0] / sums[1]), abs=1e-4)
+    assert 0 < logged["dft/end-prob validation"] < 1
     assert "dft loss validation" not in logged
+    # What `megatron-dft compare` reads of Megatron's own event file.
+    (run,) = read_runs([log])
+    assert run.settings["loss"] == "dft" and run.number("lr") == 1e-9 and run.step == 5
+    assert run.figures["lm loss validation"][5] == logged["lm loss validation"]
+    assert {"lm loss", "dft/mean-prob validation", "dft/token-accuracy validation", "grad-norm",
+            "learning-rate"} <= run.figures.keys()  # fmt: skip
+
+
+def test_epochs_are_steps_of_the_data(tiny_model, chats):
+    """48 rows, 8 a step: an epoch and a quarter is 60 rows, so 8 steps, the last one whole."""
+    found = run_train(2, *flags(tiny_model, chats, train_iters=None, train_epochs=1.25))
+    assert len(found) == 8
 
 
 def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, chats, tmp_path):
@@ -129,6 +147,7 @@ def test_exports_at_an_interval_and_at_the_end_load_in_transformers(tiny_model, 
     card = (out / "README.md").read_text()
     for word in ("dft", "2508.05629", "lm loss", chats.name, "0.001"):
         assert word in card, word
+    assert str(tmp_path) not in card and str(tiny_model) not in card
     early, late = weights(tmp_path / "out-step-2"), weights(out)
     assert any(not torch.equal(early[name], late[name]) for name in late)
 

@@ -16,7 +16,6 @@ from tests.train.scored import (
     PAIRS,
     RUNS,
     TRAINING,
-    _cli,
     _refusal,
     check_content,
     die_after_two_segments,
@@ -185,13 +184,6 @@ def test_damaged_scores(tiny_model, chats, tmp_path, scores):
 
 def test_scoring_needs_a_directory(tiny_model, chats):
     is_refused("score", flags(tiny_model, chats), ["expected a directory"])
-
-
-def test_the_command_line_scores(tiny_model, chats, tmp_path, expected):
-    """`megatron-dft score`: one process, the words of training."""
-    (status,) = run_ranks(_cli, 1, score_flags(tiny_model, chats, tmp_path / "out"), init=False)
-    assert status == 0
-    assert np.abs(stored(tmp_path / "out") - expected).max() <= 1e-5
 
 
 def test_scores_that_were_changed_since(tiny_model, chats, scores, tmp_path):

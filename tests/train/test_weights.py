@@ -68,12 +68,32 @@ def test_the_update_is_linear_in_the_weights(model, tmp_path, loss, route):
     assert float((got - both).norm() / both.norm()) > 0.1
 
 
+NORMALISED = dict(loss_normalizer="weights")
+
+
+def test_normalised_weights_are_shares(model, tmp_path):
+    """Equal weights are as none, and others are the plain sum's update by the mean weight."""
+
+    def update(*factors, **given):
+        return _update(model, tmp_path, factors, **given)
+
+    plain = update(1.0, 1.0)
+    assert float((update(2.5, 2.5, **NORMALISED) - plain).norm() / plain.norm()) < 1e-5
+    summed, shared = update(3.0, 0.5), update(3.0, 0.5, **NORMALISED)
+    # One answer token is one byte, and each answer's end is one token: two rows of each weight.
+    first, second = (sum(len(answer) + 1 for _, answer in half) for half in (ROWS[:2], ROWS[2:]))
+    expected = summed * (first + second) / (3.0 * first + 0.5 * second)
+    assert float((shared - expected).norm() / expected.norm()) < 1e-4  # fp32 weights
+    assert float((shared - summed).norm() / expected.norm()) > 0.1
+
+
 PACKED = dict(no_packing=None, seq_length=128, global_batch_size=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [{}, PACKED], ids=["rows", "packed"])
 def test_every_layout_weighs_alike(model, tmp_path, layout, rows):
+    rows = rows | (NORMALISED if layout in ("dp2", "cp2") else {})  # what it crosses: replicas, CP
     expected = _update(model, tmp_path, (2.0, 0.25), **rows)
     got = _update(model, tmp_path, (2.0, 0.25), 2, **rows, **LAYOUTS[layout])
     assert float((got - expected).norm() / expected.norm()) < 1e-4

@@ -73,7 +73,7 @@ def test_one_rank_that_differs_is_named(places, tmp_path, case):
     argv += ["--save", str(tmp_path / "save"), "--save-interval", "1"]
     results = run_ranks(_rank, 2, places, argv, change, init=False)
     assert [status for status, _ in results] == [2, 2]
-    said = [line for _, text in results for line in text.splitlines() if " error: " in line]
+    said = [line for _, text in results for line in text.splitlines() if "error: " in line]
     assert len(said) == 1 and message in said[0] and ";" in said[0], results
     assert not list((tmp_path / "save").glob("iter_*"))
 

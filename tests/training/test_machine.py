@@ -145,7 +145,7 @@ def test_fused_attention_is_said_and_nothing_else(on_a_gpu, capsys):
 
 def test_unfused_attention_is_a_warning_with_the_remedy(on_a_gpu, capsys):
     status, warned, _ = on_a_gpu(attention.UNFUSED, capsys)
-    assert status is None and "WARNING: attention is unfused" in warned
+    assert status is None and "warning: attention is unfused" in warned
     assert "LD_LIBRARY_PATH" in warned
 
 
@@ -160,7 +160,7 @@ def test_a_cpu_is_said_too():
     from megatron_dft.cpu import runtime
     from tests.ranks import run_ranks
 
-    assert "CPU, gloo" in run_ranks(_on_the_cpu, 1)[0][0]
+    assert "running on the CPU over gloo" in run_ranks(_on_the_cpu, 1)[0][0]
     assert not runtime.is_active()
 
 

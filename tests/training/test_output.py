@@ -13,6 +13,7 @@ from megatron_dft.training import output
 def hooked(monkeypatch):
     monkeypatch.setattr(output.mpu, "get_data_parallel_group", lambda **_: None)
     monkeypatch.setattr(output, "get_tensorboard_writer", lambda: None)
+    monkeypatch.setattr(output, "row_filter", lambda: None)
     monkeypatch.setattr(output.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(output.dist, "get_world_size", lambda: 1)
 

@@ -1,0 +1,98 @@
+"""`--help`: our flags in groups, with defaults, and those of Megatron's that every run sets;
+`--help-megatron`: the thousand others."""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_dft import terminal
+from megatron_dft.flags.defaults import TRAINING_DEFAULTS
+from megatron_dft.flags.definitions import define
+
+MEGATRON = "--help-megatron"
+_USAGE = (
+    "megatron-dft {command} [--nproc-per-node N] --hf-model DIR_OR_NAME --train-data PATH … "
+    "[FLAGS]\n       torchrun TORCHRUN_FLAGS -m megatron_dft.{command} [FLAGS]   (several nodes)"
+)
+_LAUNCH = ("--nproc-per-node", "N", "ranks on this machine, each with a GPU, or as many CPU "
+           "processes as a rehearsal; gpu: one a GPU; default: 1")  # fmt: skip
+# flag, value, what it does; the defaults are those of a run here.
+_COMMON: tuple[tuple[str, str, str], ...] = (
+    ("--seq-length", "TOKENS", "of a row; required"),
+    ("--train-iters", "STEPS", "of the run; required, or --train-epochs"),
+    ("--global-batch-size", "ROWS", "of a step, over all ranks; default: one a data-parallel rank"),
+    ("--micro-batch-size", "ROWS", "of a rank at a time; default: 1"),
+    ("--lr", "RATE", "the largest learning rate; required, the paper's is 5e-5"),
+    ("--min-lr", "RATE", "at the end of the decay; default: 0"),
+    ("--lr-decay-style", "NAME", "constant, linear, cosine, WSD …; default: linear"),
+    ("--lr-warmup-fraction", "SHARE", "of the run in which the rate rises (or --lr-warmup-iters)"),
+    ("--weight-decay", "X", "default: 0.01"),
+    ("--clip-grad", "NORM", "default: 1.0"),
+    ("--bf16", "", "train in bfloat16, with fp32 weights in the optimizer; default: fp32"),
+    ("--tensor-model-parallel-size", "N", "ranks that share each layer; default: 1"),
+    ("--pipeline-model-parallel-size", "N", "ranks that share the layers; default: 1"),
+    ("--context-parallel-size", "N", "ranks that share a row; default: 1"),
+    ("--expert-model-parallel-size", "N", "ranks that share the experts; default: 1"),
+    ("--sequence-parallel", "", "norms and dropout are shared by tensor-parallel ranks too"),
+    ("--use-distributed-optimizer", "", "shard the optimizer over data-parallel ranks"),
+    ("--recompute-granularity", "full|selective", "recompute activations to save memory"),
+    ("--save", "DIR", "checkpoints to go on from; with --save-interval"),
+    ("--save-interval", "STEPS", "between checkpoints"),
+    ("--load", "DIR", "go on from the newest checkpoint, where there is one"),
+    ("--eval-interval", "STEPS", "between evaluations; default: a tenth of the run, at least 10"),
+    ("--log-interval", "STEPS", "between progress lines; default: {log_interval}"),
+    ("--tensorboard-dir", "DIR", "write TensorBoard's files there"),
+    ("--seed", "N", "of the order of the data, and of dropout; default: 1234"),
+)  # fmt: skip
+
+
+class Defaults(argparse.HelpFormatter):
+    """Appends the default of a flag whose help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        telling = action.default not in (None, False, argparse.SUPPRESS, 0, 0.0, [])
+        if text and telling and "default" not in text.lower() and action.option_strings:
+            return f"{text}; default: %(default)s"
+        return text
+
+
+def print_help(argv: Sequence[str], scoring: bool) -> bool:
+    """Print the short help where the command line asks for it; whether it did."""
+    if not {"-h", "--help"} & set(argv):
+        return False
+    command = "score" if scoring else "train"
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-dft {command}",
+        usage=_USAGE.format(command=command),
+        add_help=False,
+        formatter_class=Defaults,
+        epilog=f"Every flag of Megatron's works beside these: {MEGATRON} lists them.",
+    )
+    _add(parser.add_argument_group("launch"), (_LAUNCH,))
+    _add(parser.add_argument_group("Megatron's flags that most runs set"), _COMMON)
+    define(parser, scoring)
+    terminal.say(parser.format_help().rstrip())
+    return True
+
+
+def _add(group: argparse._ArgumentGroup, rows: Sequence[tuple[str, str, str]]) -> None:
+    for flag, value, text in rows:
+        text = text.format(**TRAINING_DEFAULTS)
+        if value:
+            group.add_argument(flag, metavar=value, help=text)
+        else:
+            group.add_argument(flag, action="store_true", help=text)
+
+
+def print_megatrons(
+    parser: argparse.ArgumentParser, groups: Sequence[argparse._ArgumentGroup]
+) -> None:
+    """Print these groups of Megatron's parser, with the defaults of a run here."""
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    formatter = Defaults("megatron-dft train")
+    for group in groups:
+        formatter.start_section(group.title)
+        formatter.add_text(group.description)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+    terminal.say(formatter.format_help().rstrip())

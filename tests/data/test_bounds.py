@@ -1,0 +1,77 @@
+"""A chat template that runs on or asks for all memory is given up, with a line; others are not."""
+
+import resource
+import signal
+
+import pytest
+
+from megatron_dft.data import bounds
+from megatron_dft.data.encode import ChatEncoder
+from megatron_dft.data.schema import RowError
+from megatron_dft.data.tokenizer import encoder_spec
+from megatron_dft.rollout.chat import Rendering, stop_ids
+from tests.data.fixtures import CHATML_TEMPLATE, chat, chatml_tokenizer
+from tests.data.masks import encode
+
+_ENDLESS = (
+    "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = a * b %}{% endfor %}"
+    "{% endfor %}"
+)
+_NESTED = (
+    "{% macro m(n) %}{% for i in range(9) %}{{ m(n + 1) if n < 12 }}{% endfor %}{% endmacro %}"
+)
+_HUGE = {
+    "constant": "{{ 'a' * 9000000000 }}",
+    "filter": "{{ messages[0].content | center(9000000000) }}",
+    "doubled": "{% set n = namespace(s=messages[0].content * 10000) %}"
+    "{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "format": "{{ '%09000000000d' | format(messages | length) }}",
+}
+_SLOW = {"loops": _ENDLESS, "recursion": _NESTED + "{{ m(0) }}"}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
+    before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
+    yield
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before[0]
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    signal.signal(signal.SIGVTALRM, before[1] or signal.SIG_DFL)
+
+
+def _encoder(template):
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = template
+    return ChatEncoder(encoder_spec(tokenizer))
+
+
+@pytest.mark.parametrize("kind", [*_SLOW, *_HUGE])
+def test_at_the_start(kind):
+    template = {**_SLOW, **_HUGE}[kind] + CHATML_TEMPLATE
+    expected = "more than 0.3 s of CPU time" if kind in _SLOW else "more than 2 GiB"
+    with pytest.raises(ValueError, match=f"chat template.*{expected}.*--chat-template FILE"):
+        _encoder(template)
+
+
+def test_on_a_prompt_and_on_the_probe_of_ends():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = _ENDLESS + CHATML_TEMPLATE
+    with pytest.raises(ValueError, match="refuses a prompt: it takes more than 0.3 s"):
+        Rendering().ids(tokenizer, chat("a"))
+    assert stop_ids(tokenizer, 5) == {5, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("kind", [*_SLOW, *_HUGE])
+def test_on_a_row(kind):
+    """Behind a word that the probes at the start do not hold; the next row is encoded."""
+    bad = {**_SLOW, **_HUGE}[kind]
+    if kind == "constant":  # a constant would be made at the start
+        bad = "{{ messages[0].content * 9000000000 }}"
+    guard = "{% if 'trigger' in messages[0].content %}" + bad + "{% endif %}"
+    encoder = _encoder(guard + CHATML_TEMPLATE)
+    expected = "more than 0.3 s of CPU time" if kind in _SLOW else "more than 2 GiB"
+    for _ in range(2):
+        with pytest.raises(RowError, match=expected):
+            encode(encoder, {"messages": chat("trigger", "b")})
+        assert len(encode(encoder, {"messages": chat("a", "b")})) == 1
