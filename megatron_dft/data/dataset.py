@@ -107,9 +107,17 @@ def build_dataset(
     weights = [s.weight for s in parsed if s.weight is not None] or None
     mixed = any(s.cap is not None or s.epochs is not None for s in parsed)
     chosen = _part(stores, options.valid_share, options.held_out_part)
-    conversations = Conversations(stores, options.seq_length, options.overlong, chosen)
+    granularity = pack_granularity(options.pad_multiple) if options.packing else 1
+    group = 2 if options.pairs else 1
+    conversations = Conversations(
+        stores,
+        options.seq_length,
+        options.overlong,
+        chosen,
+        granularity if options.pairs else None,
+    )
     order = EpochOrder(
-        conversations.sizes(),
+        [size // group for size in conversations.sizes()],
         weights if options.shuffle else None,
         options.seed,
         [s.cap for s in parsed],
@@ -118,7 +126,6 @@ def build_dataset(
     )
     if options.shuffle:
         _check_counts(parsed, order.counts(), options.flag)
-    granularity = pack_granularity(options.pad_multiple) if options.packing else 1
     identity: dict[str, Any] = {
         "sources": [s.meta["parts"] for s in stores],
         "weights": weights,
@@ -151,6 +158,7 @@ def build_dataset(
         batch_multiple=options.batch_multiple,
         cache=None if options.cache_dir is None else Path(options.cache_dir) / "packs",
         cache_key=identity,
+        group=group,
     )
     return ChatDataset(
         conversations,

@@ -12,6 +12,7 @@ from megatron_dft.data import repeats
 from megatron_dft.data.dataset import ChatDataset, build_dataset, check_rows
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.spec import RowKind
 from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags import evaluation, schedule
 from megatron_dft.flags.data import cache_directory, dataset_options
@@ -55,7 +56,7 @@ def _options(args: Any, flag: str, shuffle: bool) -> DatasetOptions:
         reference_scores=settings().reference_scores if flag == "--train-data" else None,
         vocab_size=settings().vocab_size,
         held_out_part=flag == "--valid-share",
-        **(options if shuffle else options | {"in_order": False}),
+        **(options | _of_validation(flag, shuffle)),
     )
 
 
@@ -72,6 +73,12 @@ def check_first_rows(args: Any, rows: int) -> None:
             max_bad_rows=float("inf"),  # a share of all rows is not known of the first
         )
         check_rows(_items(args, flag), _tokenizer(args), options)
+
+
+def _of_validation(flag: str, shuffle: bool) -> dict[str, Any]:
+    """What evaluation does not take from training's rows: their order, and what they are."""
+    rows = {"rows": RowKind()} if flag == "--valid-data" else {}
+    return rows if shuffle else {**rows, "in_order": False}
 
 
 def prepare(args: Any) -> None:

@@ -63,7 +63,9 @@ class Output:
 
     def finish(self) -> None:
         """The export at the end of training, and whether the model has learnt to stop."""
-        warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
+        objective, warning = settings().objective, None
+        if not objective.signed:  # else the ends of bad answers, which are to fade, are among them
+            warning = self.ends.warning(objective.name, self.args.dft_full_weight)
         if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
             terminal.say(f"> warning: {warning}")
         if self.args.save_hf is not None:
@@ -148,7 +150,7 @@ class Output:
         return model_card(
             checkpoint,
             objective=objective.name,
-            parameters={**objective.values, **chosen},
+            parameters={**objective.settings, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
             command=_command(self.args, checkpoint),

@@ -122,6 +122,16 @@ CASES = {
         dict(loss="sft", dft_full_weight="end"),
         ["--dft-full-weight end", "--loss sft"],
     ),
+    "full weight of bad answers": (
+        dict(loss="rift", dft_full_weight="end"),
+        ["--dft-full-weight end", "--loss rift"],
+    ),
+    "pairs and a KL": (dict(loss="dpo", kl_coeff=0.1), ["--kl-coeff", "--loss dpo"]),
+    "pairs that share no row": (dict(loss="dpo"), ["--no-packing", "pair"]),
+    "a reference for a weight that is none of p": (
+        dict(loss="eaft", dft_weight_from="reference"),
+        ["--dft-weight-from reference", "--loss eaft"],
+    ),
     "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (
         dict(global_batch_size=7),

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft.losses import linear_forward, linear_head, registry
 from megatron_dft.losses.linear_head import linear_head_loss
-from tests.losses.reference import PARAMETERS, dense_loss, relative_error
+from tests.losses.reference import PARAMETERS, dense_loss, relative_error, rewards
 from tests.ranks import run_ranks
 
 SEQUENCE, BATCH, HIDDEN, VOCAB, PADDED = 12, 2, 16, 50, 64
@@ -59,7 +59,11 @@ def exact(name: str, case: dict, upstream, rounded: bool = True) -> tuple:
 def ours(name: str, case: dict, upstream, group, sequence_parallel, **options) -> tuple:
     """(loss, weight, log p, top-1, d_hidden, dW) of this rank."""
     log_ref = case["reference"].log_softmax(-1).gather(1, case["labels"].reshape(-1, 1))
-    stats = {"segment_ids": case["segments"], "reference_log_prob": log_ref.view(BATCH, SEQUENCE)}
+    stats = {
+        "segment_ids": case["segments"],
+        "reference_log_prob": log_ref.view(BATCH, SEQUENCE),
+        "reward": rewards(case["segments"]),
+    }
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     weight = case["weight"].chunk(size)[rank].clone().requires_grad_()
     hidden = case["hidden"].chunk(size)[rank] if sequence_parallel else case["hidden"]

@@ -13,13 +13,15 @@ from megatron_dft.losses.token_stats import TokenStats
 from tests.losses.reference import P_ONLY, PARAMETERS
 from tests.ranks import run_ranks
 
-NEEDS = ("entropy_top20", "sum_sq_prob", "reference_log_prob", "kl")
+NEEDS = ("entropy", "entropy_top20", "sum_sq_prob", "reference_log_prob", "kl")
 
 
 def stats_of(log_prob, mask, **fields) -> TokenStats:
     """Statistics with harmless values for whatever an objective may need."""
     defaults = {name: torch.full_like(log_prob.detach(), 0.4) for name in NEEDS}
     defaults["reference_log_prob"] = log_prob.detach() - 0.1
+    places = torch.arange(log_prob.numel(), device=log_prob.device).view(log_prob.shape)
+    defaults["reward"] = torch.where(places % 2 == 0, 0.7, -0.4)
     return TokenStats(log_prob, mask, **{**defaults, **fields})
 
 
@@ -69,8 +71,10 @@ def test_the_weight_is_the_gradient_and_ignored_tokens_do_not_matter(name):
         fields = {
             "reference_log_prob": torch.where(mask, reference, garbage),
             "kl": torch.where(mask, 0.2, garbage),
+            "entropy": torch.where(mask, 1.4, garbage),
             "entropy_top20": torch.where(mask, 1.2, garbage),
             "sum_sq_prob": torch.where(mask, 0.3, garbage),
+            "reward": torch.where(mask, -0.3, garbage),
         }
         leaf = torch.where(mask, log_prob, garbage).requires_grad_()
         loss, weight = objective_of(name)(stats_of(leaf, mask.float(), **fields))
@@ -114,7 +118,8 @@ def test_weights_and_gradients_are_finite_for_any_log_probability(name, values, 
     stats = stats_of(log_prob, mask, reference_log_prob=torch.full_like(log_prob, reference))
     loss, weight = objective_of(name)(stats)
     loss.sum().backward()
-    assert weight.isfinite().all() and (weight >= 0).all(), (name, weight)
+    assert weight.isfinite().all(), (name, weight)
+    assert (weight >= 0).all() or name.split("/")[0] in ("rift", "dpo"), (name, weight)
     assert log_prob.grad is not None and log_prob.grad.isfinite().all()
     # Only a certain miss (p = 0) with a weight that is not 0 may read inf; nothing may read NaN.
     assert not loss.isnan().any()
@@ -132,7 +137,9 @@ def test_p_alpha_runs_from_cross_entropy_to_the_gradient_of_dft():
     )
 
 
-CONVERSATION_OBJECTIVES = ["dft-sequence", "dft-geometric", "iw-sft/sequence", "talr"]
+CONVERSATION_OBJECTIVES = [
+    "dft-sequence", "dft-geometric", "iw-sft/sequence", "talr", "rift/sequence", "dpo", "dpo/mean"
+]  # fmt: skip
 
 
 def _packed_row():
@@ -222,6 +229,16 @@ def test_talr_takes_the_lower_median_of_the_supervised_tokens_of_its_group():
             torch.testing.assert_close(ranks[rank], expected)
 
 
+def test_a_weight_from_the_reference_does_not_move_with_the_model():
+    reference = torch.tensor([-0.5, -2.0])
+    for log_prob in (torch.tensor([-0.1, -9.0]), torch.tensor([-3.0, -0.2])):
+        stats = TokenStats(log_prob, torch.ones(2), reference_log_prob=reference)
+        loss, weight = registry.get("dft", weight_from="reference")(stats)
+        torch.testing.assert_close(weight, reference.exp())
+        torch.testing.assert_close(loss, -reference.exp() * log_prob)
+    assert registry.get("dft", weight_from="reference").needs == {"reference_log_prob"}
+
+
 def test_a_statistic_that_is_missing_is_named():
     with pytest.raises(ValueError, match="--loss eaft: needs entropy_top20"):
         registry.get("eaft")(TokenStats(torch.zeros(2), torch.ones(2)))
@@ -260,6 +277,12 @@ def test_help_names_every_flag_with_its_source(name):
         (["--loss", "talr", "--dft-talr-tau", "nan"], "--dft-talr-tau: expected"),
         (["--loss", "iw-sft", "--dft-iw-temperature", "1"], "--dft-iw-temperature: acts at"),
         (["--loss", "iw-sft", "--dft-iw-min", "3"], "--dft-iw-min: expected at most"),
+        (["--loss", "idft", "--dft-idft-min", "3"], "--dft-idft-min: expected at most"),
+        (["--loss", "idft", "--dft-idft-beta", "0"], "--dft-idft-beta: expected"),
+        (
+            ["--loss", "psft", "--dft-weight-from", "reference"],
+            "--dft-weight-from reference: --loss psft has no weight .* one of dft, dft-sequence",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(argv, message):
