@@ -12,6 +12,16 @@ from tests.cluster.slurm import LAB, Cluster
 from tests.cluster.stories import Stories
 
 NODES = 8
+STARTS = "test_the_jobs_are_under_way"
+
+
+def pytest_collection_modifyitems(items):
+    """What waits for a job comes last: the jobs wait for Slurm most of the time, and the other
+    tests run meanwhile."""
+    waits = [i for i in items if "stories" in getattr(i, "fixturenames", ()) and i.name != STARTS]
+    if len(waits) < len(items):
+        last = set(waits)
+        items[:] = [i for i in items if i not in last] + waits
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,11 @@ def close_to(expected):
     return [pytest.approx(one, rel=1e-4, abs=1e-6) for one in expected]
 
 
+def test_the_jobs_are_under_way(stories):
+    """Starts them all (conftest.py); those that wait for one come at the end of the suite."""
+    assert stories.cluster.closed is False
+
+
 def test_two_nodes_of_two_ranks_train_like_one_process(stories, alone):
     told = stories["interrupted"]
     assert told.end == ("COMPLETED", "0:0")
