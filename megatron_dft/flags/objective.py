@@ -105,8 +105,7 @@ def _check_signed(args: argparse.Namespace, objective: Objective) -> None:
         raise ValueError(f"--loss-row-filter: has not been proven with {loss}; drop it")
     if args.loss_normalizer == "weights":
         raise ValueError(
-            f"--loss-normalizer weights: rewards and pairs have no sum of weights, got {loss}; drop "
-            "it"
+            f"--loss-normalizer weights: {loss} has no sum of weights that are above 0; drop it"
         )
     if not objective.entry.per_pair:
         return
