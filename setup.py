@@ -1,9 +1,16 @@
 """Package definition of megatron-dft; tool settings are in pyproject.toml."""
 
+import re
 from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# The one place of the version; without importing the package, which needs torch.
+PACKAGE = (HERE / "megatron_dft" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "([^"]+)"$', PACKAGE, re.MULTILINE)
+assert VERSION is not None
 
 TEST = [
     "pytest>=8",
@@ -19,9 +26,9 @@ TEST = [
 
 setup(
     name="megatron-dft",
-    version="0.1.0",
+    version=VERSION[1],
     description="Dynamic Fine-Tuning (DFT) and its family for Megatron, tensor-parallel aware",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",

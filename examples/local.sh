@@ -45,15 +45,18 @@ gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 procs=$(whole PROCS_PER_NODE "${PROCS_PER_NODE:-$gpus}") || exit
 [ "$procs" -gt 0 ] || die "no GPU here: add --device cpu and say how many ranks, PROCS_PER_NODE=4"
 
+from_here "${TRAIN_ARGS[@]}" "$@"
 command=(
     "${PYTHON:-$home/.venv/bin/python}" -m megatron_dft.cli train --nproc-per-node "$procs"
     --megatron-log "$RUN_DIR/megatron.log" --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints"
-    --save-hf "$RUN_DIR/hf" --overwrite --stop-file "$RUN_DIR/stop" "${TRAIN_ARGS[@]}" "$@"
+    --save-hf "$RUN_DIR/hf" --overwrite --stop-file "$RUN_DIR/stop" "${anchored[@]}"
 )
 hide "${command[@]}"
 if [ "$dry_run" = 1 ]; then
     echo "${shown[*]}"
-    exit
+    cd "$home"
+    # What training would refuse, it refuses here.
+    exec "${command[@]}" --dry-run --check-rows 256
 fi
 mkdir -p "$RUN_DIR"
 # The launcher takes this process over: the run ends the ownership by its own end.

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("megatron_dft.commands.compare", "the runs of a sweep side by side"),
     "score": (
         "megatron_dft.commands.score",
-        "a reference's log-probabilities, for iw-sft, psft",
+        "a reference's log-probabilities, for iw-sft, psft, dpo",
     ),
     "sample": ("megatron_dft.commands.sample", "samples of a model to each prompt"),
     "verify": ("megatron_dft.commands.verify", "reward samples, keep what verifies, for training"),

@@ -88,7 +88,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     registry.add_arguments(parser.add_argument_group("megatron_dft"), default="sft")
     objective = check(parser.parse_known_args()[0])
     if objective.name != "sft" and os.environ.get("RANK", "0") == "0":
-        values = "".join(f", {name} {value}" for name, value in objective.values.items())
+        values = "".join(f", {name} {value}" for name, value in objective.settings.items())
         source = objective.entry.source
         print(f"> megatron_dft: training loss {objective.name}{values} ({source})", flush=True)
     return parser

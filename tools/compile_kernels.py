@@ -40,6 +40,7 @@ WANTED = {
     "log p": Wanted(),
     "entropy, Σp²": Wanted(entropy=True, sum_sq_prob=True),
     "KL": Wanted(kl=True),
+    "guided KL": Wanted(kl=True, reference_share=0.5),
 }
 TOP = Wanted(top_k=20)
 
@@ -116,6 +117,8 @@ def specialised(kernel: JITFunction, values: dict) -> ASTSource:
             signature[name], constants[(position,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         if signature[name] == "constexpr" or parameter.do_not_specialize:

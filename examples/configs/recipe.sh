@@ -33,4 +33,5 @@ if [ -n "${VALID_DATA:-}" ]; then
 else
     RECIPE+=(--valid-share "${VALID_SHARE:-0.01}")
 fi
-RECIPE+=(--eval-interval "${EVAL_INTERVAL:-50}" --eval-iters "${EVAL_ITERS:-4}")
+# All of it each time.
+RECIPE+=(--eval-interval "${EVAL_INTERVAL:-50}")

@@ -13,7 +13,7 @@ begin_rehearsal() {
             >"$RUN_DIR/stand-in.log" 2>&1 || die "no stand-in for $name: $(tail -n 1 "$RUN_DIR/stand-in.log")"
     fi
     export MODEL=$RUN_DIR/stand-in/model TRAIN_DATA=$RUN_DIR/stand-in/rows.jsonl VALID_DATA='' VALID_SHARE=0.2
-    export STEPS=3 SEQ_LENGTH=256 ROWS=4 EVAL_INTERVAL=2 EVAL_ITERS=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+    export STEPS=3 SEQ_LENGTH=256 ROWS=4 EVAL_INTERVAL=2 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
     # oneDNN takes AMX instructions that some virtual machines announce and do not have.
     export ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 }

@@ -21,6 +21,23 @@ plain_name() {
     echo "${name:0:100}"
 }
 
+# mounts PATH…: A:A,B:B for --container-mounts, of those that exist here. A weight before a path is left out; of a link
+# its end is mounted too, of a model in the hub's cache the folder that its links lead into.
+mounts() {
+    local path place found=,
+    for path; do
+        [[ $path != *:/* ]] || path=/${path#*:/}
+        [ -n "$path" ] && [ -e "$path" ] || continue
+        for place in "$(realpath -s "$path")" "$(realpath "$path")"; do
+            place=${place%/snapshots/*}
+            [[ $place != *[,:]* ]] || die "$place: cannot be mounted: its name has a comma or a colon"
+            [[ $found == *",$place:$place,"* ]] || found+=$place:$place,
+        done
+    done
+    found=${found#,}
+    echo "${found%,}"
+}
+
 # hide WORD…: fills `shown` with the words of a command as a shell takes them. A key, a password, a URL with
 # one: each is replaced by a variable, exported here, so that it is written nowhere and the command still runs.
 declare -a shown
@@ -46,6 +63,41 @@ hide() {
             [[ $word == --* && $word != *=* && ${name,,} =~ $names ]] && next=1
             shown+=("$(printf %q "$word")")
         fi
+    done
+}
+
+# from_here WORD…: fills `anchored` with the words of a training command; its relative paths become those of the
+# directory that it was given in. What a run reads is a path where it is there, else a name of the hub.
+declare -a anchored
+from_here() {
+    local flag='' word before path
+    anchored=()
+    for word; do
+        before='' path=$word
+        if [[ $word == --* ]]; then
+            flag=${word%%=*}
+            if [[ $word != *=* ]]; then
+                anchored+=("$word")
+                continue
+            fi
+            before=$flag= path=${word#*=}
+        fi
+        case $flag in
+            --train-data | --valid-data)
+                # Shares, cap= and epochs= stand before a colon.
+                if [[ ! -e $path && $path =~ ^([^/:]+:)(.+)$ ]]; then
+                    before+=${BASH_REMATCH[1]} path=${BASH_REMATCH[2]}
+                fi
+                [[ $path != /* && -e $path ]] && path=$PWD/$path
+                ;;
+            --hf-model | --dft-reference-model | --dft-reference-scores | --chat-template)
+                [[ $path != /* && -e $path ]] && path=$PWD/$path
+                ;;
+            --save | --load | --save-hf | --data-cache | --tensorboard-dir | --stop-file)
+                [[ $path == /* ]] || path=$PWD/$path
+                ;;
+        esac
+        anchored+=("$before$path")
     done
 }
 

@@ -82,6 +82,9 @@ def unreadable(training: list[str]) -> list[str]:
         if flag not in ("--hf-model", "--train-data", "--valid-data") or not word:
             continue
         path = Path(word.split(":", 1)[-1] if ":" in word else word)
+        if flag != "--hf-model" and not path.suffix and not path.is_absolute():
+            if not path.exists() and len(path.parts) == 2:
+                continue  # a data set of the hub
         if flag == "--hf-model":
             # A name without a directory is the hub's.
             path = path / "config.json" if path.is_dir() or path.is_absolute() else Path("/")
@@ -91,7 +94,7 @@ def unreadable(training: list[str]) -> list[str]:
 
 
 def check(run_dir: Path, procs: int, need_gb: float, training: list[str]) -> dict[str, Any]:
-    """All of this node's figures, and its complaints under `wrong`."""
+    """All of this node's figures, and its complaints under `wrong` and `unreadable`."""
     on_cpu = "cpu" in training or "--device=cpu" in training
     seen, wrong = gpus(0 if on_cpu else procs)
     free, speed, short = disk(run_dir, need_gb)
@@ -102,5 +105,6 @@ def check(run_dir: Path, procs: int, need_gb: float, training: list[str]) -> dic
         "free": free,
         "speed": speed,
         "versions": versions(),
-        "wrong": [*wrong, *short, *([bad_apex] if bad_apex else []), *unreadable(training)],
+        "wrong": [*wrong, *short, *([bad_apex] if bad_apex else [])],
+        "unreadable": unreadable(training),
     }

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--html", metavar="FILE", help="write the conversations of --show to a web page instead")
     add("--histogram", metavar="FILE", help="write the histogram of lengths as a PNG")
     add("--json", metavar="FILE", help="write the figures as JSON")
+    add(
+        "--loss",
+        choices=("rift", "dpo"),
+        help="read the rows as it does: signed rewards, or pairs of answers",
+    )
     flags.add_arguments(parser.add_argument_group("data, as in training"))
 
 
@@ -119,6 +124,7 @@ def _stores(
             options["columns"],
             options["mask_history"],
             options["max_samples"],
+            options["rows"],
         ),
         errors="skip",
         cache_dir=options["cache_dir"],

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-USER_ERROR = 2
-FLAG = "--nproc-per-node"
+USER_ERROR, INTERRUPTED = 2, 130
+FLAG, NODES, DRY_RUN = "--nproc-per-node", "--nnodes", "--dry-run"
 # A rank that leaves in agreement with the others: they come to the same end by themselves.
 _AGREED = (0, USER_ERROR, 65, 75)
-_AGREED_SECONDS, _CRASH_SECONDS = 120.0, 5.0
+_AGREED_SECONDS, _CRASH_SECONDS, _INTERRUPT_SECONDS = 120.0, 5.0, 10.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOOK = 0.05  # seconds
 
@@ -38,7 +38,9 @@ def run(module: str, words: Sequence[str]) -> int:
 
     Raises ValueError for a number of ranks that this machine cannot have.
     """
-    count, rest = take_count(words)
+    if DRY_RUN in words:
+        _dry_run([word for word in words if word != DRY_RUN])
+    count, rest = take(FLAG, words)
     command = [sys.executable, "-m", module, *rest]
     if "RANK" in os.environ:
         if count is not None:
@@ -54,13 +56,26 @@ def run(module: str, words: Sequence[str]) -> int:
     raise AssertionError  # execve does not return
 
 
-def take_count(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(value of --nproc-per-node or None, the other words)."""
+def _dry_run(words: Sequence[str]) -> None:
+    """Become the first rank of the run that the words describe, which checks and ends."""
+    count, rest = take(FLAG, words)
+    nodes, rest = take(NODES, rest)
+    for flag, value in ((FLAG, count), (NODES, nodes)):
+        if value is not None and (not value.isdigit() or int(value) < 1):
+            raise ValueError(f"{flag}: expected a whole number above 0, got {value!r}")
+    local, every = int(count or 1), int(nodes or 1)
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": local * every, "LOCAL_WORLD_SIZE": local}
+    command = [sys.executable, "-m", "megatron_dft.commands.dry_run", *rest]
+    os.execve(sys.executable, command, os.environ | {k: str(v) for k, v in ranks.items()})
+
+
+def take(flag: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(value of a flag or None, the other words)."""
     count, rest = None, []
     given = iter(words)
     for word in given:
         name, _, value = word.partition("=")
-        if name.replace("_", "-") != FLAG:
+        if name.replace("_", "-") != flag:
             rest.append(word)
         else:
             count = value or next(given, "")
@@ -127,6 +142,8 @@ class _Ranks:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         }  # fmt: skip
         self.ended: dict[int, int] = {}
+        self.status: int | None = None  # of the run, once something has ended it
+        self.deadline = 0.0  # until when the ranks may end by themselves
         self.processes: list[subprocess.Popen[bytes]] = []
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
@@ -143,27 +160,31 @@ class _Ranks:
             )
 
     def _pass_on(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            # A rank inside a collective does not hear it; a second one ends them at once.
+            again = self.status is not None
+            self.status = INTERRUPTED
+            self.deadline = time.monotonic() + (0 if again else _INTERRUPT_SECONDS)
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> int:
         """The status of the run: that of the rank that failed first, 0 where none did."""
-        deadline = None
         try:
             while len(self.ended) < len(self.processes):
                 self._look()
                 failed = [status for status in self.ended.values() if status]
-                if failed and deadline is None:
-                    seconds = _AGREED_SECONDS if failed[0] in _AGREED else _CRASH_SECONDS
-                    deadline = time.monotonic() + seconds
-                if deadline is not None and time.monotonic() > deadline:
+                if failed and self.status is None:
+                    self.status = failed[0]
+                    seconds = _AGREED_SECONDS if self.status in _AGREED else _CRASH_SECONDS
+                    self.deadline = time.monotonic() + seconds
+                if self.status is not None and time.monotonic() > self.deadline:
                     break
                 time.sleep(_LOOK)
         finally:
             self._kill()
-        failed = [status for status in self.ended.values() if status]
-        return failed[0] if failed else 0
+        return self.status or 0
 
     def _look(self) -> None:
         for rank, process in enumerate(self.processes):

@@ -12,6 +12,7 @@ import sys
 
 from megatron_dft.cluster import memory, model_shape, ranking, speed
 from megatron_dft.losses import registry
+from megatron_dft.losses.weighting import WEIGHT_SOURCES
 
 SUMMARY = "layouts, memory and an estimate of the speed for a job"
 _REFERENCE = {"reference_log_prob", "kl"}  # needs of an objective that a frozen model serves
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="its frozen reference and the KL's logits count; default: dft",
     )
     parser.add_argument("--kl-coeff", type=float, default=0.0, help="as in training")
+    parser.add_argument(
+        "--dft-weight-from", choices=WEIGHT_SOURCES, default="model", help="as in training"
+    )
     parser.add_argument(
         "--dft-reference-scores",
         action="store_true",
@@ -117,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace) -> memory.Job:
-    needs = registry.OBJECTIVES[args.loss].needs
+    needs = registry.get(args.loss, weight_from=args.dft_weight_from).needs
     kl = "kl" in needs or args.kl_coeff != 0
     if kl and args.dft_reference_scores:
         raise ValueError(

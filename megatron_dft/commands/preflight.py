@@ -3,12 +3,16 @@
     srun --ntasks-per-node 1 megatron-dft preflight --run-dir DIR --master-addr HOST -- FLAGS…
 
 One process a node. They meet, compare what they found, measure the fabric, and the first one prints
-a table; every process exits with 1 where any node is bad.
+a table; every process exits with 1 where any node is bad. The first one also lets the training
+command's own checks run on its flags (dry_run.py), with the first rows of the data: what they
+refuse, and a path that no node can read, is the job's fault and no node's: status 2.
 """
 
 import argparse
 import datetime
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,10 +24,12 @@ import torch.distributed as dist
 from megatron_dft.cluster import node_checks
 from megatron_dft.compat import loopback
 from megatron_dft.flags.defaults import has_transformer_engine
+from megatron_dft.recovery.exit_codes import REFUSED
 from megatron_dft.training import attention, machine
 
 SUMMARY = "check the nodes of an allocation"
 _SKEW = 5.0  # seconds
+_ROWS = 256  # of each item, that the training command's checks read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--procs-per-node", type=int, default=8, help="GPUs expected on each node")
     parser.add_argument("--need-gb", type=float, default=10.0, help="free space that is enough")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
+    parser.add_argument(
+        "--nodes-only",
+        action="store_true",
+        help="leave out the training command's own checks: it has been accepted before",
+    )
     parser.add_argument("training", nargs="*", help="flags of the training command")
 
 
@@ -58,6 +69,33 @@ def _fabric(backend: str, mebibytes: int = 64, rounds: int = 3) -> float:
     size = dist.get_world_size()
     moved = rounds * data.numel() * 4 * 2 * (size - 1) / size
     return moved / 1e9 / (time.monotonic() - began)
+
+
+def training_refuses(training: list[str], nodes: int, procs: int, seconds: float) -> list[str]:
+    """Why the training command would refuse its flags on these nodes; [] where it would not."""
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": nodes * procs, "LOCAL_WORLD_SIZE": procs}
+    command = [sys.executable, "-m", "megatron_dft.commands.dry_run", *training]
+    try:
+        done = subprocess.run(
+            [*command, "--check-rows", str(_ROWS)],
+            env=os.environ | {name: str(value) for name, value in ranks.items()},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"the training command's own checks did not end within {seconds:g} s (--timeout)"]
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return [] if done.returncode == 0 else said[-1:] or [f"status {done.returncode}"]
+
+
+def faults_of_job(reports: list[dict[str, Any]], refused: list[str]) -> list[str]:
+    """What no other node would mend; a path that some nodes can read is a complaint of the rest."""
+    everywhere = set.intersection(*(set(r["unreadable"]) for r in reports))
+    for report in reports:
+        report["wrong"] += [line for line in report["unreadable"] if line not in everywhere]
+    paths = sorted(f"error: {line} on any node" for line in everywhere)
+    return paths or refused
 
 
 def judge(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,7 +141,8 @@ def _machine(training: list[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Status 0 where every node is fit, 1 where not or where they do not meet in time."""
+    """Status 0 where every node is fit, 1 where not or where they do not meet in time, 2 where the
+    training command's flags are refused."""
     rank, size = _place()
     found = node_checks.check(args.run_dir, args.procs_per_node, args.need_gb, args.training)
     loopback.install()
@@ -121,12 +160,17 @@ def run(args: argparse.Namespace) -> int:
         found |= {"clock": time.time(), "backend": backend}
         found["machine"], unfused = _machine(args.training)
         found["wrong"] += unfused
+        found["refused"] = []
+        if rank == 0 and args.training and not args.nodes_only:
+            procs = args.procs_per_node
+            found["refused"] = training_refuses(args.training, size, procs, args.timeout - 30)
         reports: list[Any] = [None] * size
         dist.all_gather_object(reports, found)
     except Exception as error:
         print(f"{found['host']}: the nodes do not meet: {str(error).splitlines()[0]}", flush=True)
         return 1
     judge(reports)
+    faults = faults_of_job(reports, reports[0]["refused"])
     bandwidth = None
     if size > 1:
         if all(r["backend"] == "nccl" for r in reports):
@@ -143,7 +187,11 @@ def run(args: argparse.Namespace) -> int:
             bandwidth = _fabric("gloo")
     if rank == 0:
         _print(reports, bandwidth)
+        for line in faults:
+            print(f"{line} (the job's fault, no node's)")
     # Threads of a group that is still there at the interpreter's end abort the process.
     dist.barrier()
     dist.destroy_process_group()
+    if faults:
+        return REFUSED
     return 1 if any(r["wrong"] for r in reports) else 0

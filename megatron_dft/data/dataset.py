@@ -103,43 +103,21 @@ def build_dataset(
 
     Raises ValueError with one line for every fault of the data or of the settings.
     """
-    parsed = parse_sources(sources, options.flag)
+    parsed, stores = _read(sources, tokenizer, options)
     weights = [s.weight for s in parsed if s.weight is not None] or None
     mixed = any(s.cap is not None or s.epochs is not None for s in parsed)
-    if (weights or mixed) and not options.shuffle and not options.held_out_part:
-        raise ValueError(
-            f"{options.flag}: weights mean nothing here, where each conversation is read once; "
-            "drop them"
-        )
-    if (weights or mixed) and options.in_order:
-        raise ValueError(
-            f"--no-shuffle: shares, cap= and epochs= of {options.flag} draw conversations at "
-            "random; drop them, or the flag"
-        )
-    spec = encoder_spec(
-        tokenizer,
-        template_args=options.template_args,
-        template_date=options.template_date,
-        rewrites=options.rewrites,
-        drops=options.drops,
-    )
-    stores = prepare(
-        parsed,
-        spec,
-        PrepareOptions(
-            options.reading,
-            options.errors,
-            options.max_bad_rows,
-            options.cache_dir,
-            options.workers,
-            options.progress,
-            options.vocab_size,
-        ),
-    )
     chosen = _part(stores, options.valid_share, options.held_out_part)
-    conversations = Conversations(stores, options.seq_length, options.overlong, chosen)
+    granularity = pack_granularity(options.pad_multiple) if options.packing else 1
+    group = 2 if options.pairs else 1
+    conversations = Conversations(
+        stores,
+        options.seq_length,
+        options.overlong,
+        chosen,
+        granularity if options.pairs else None,
+    )
     order = EpochOrder(
-        conversations.sizes(),
+        [size // group for size in conversations.sizes()],
         weights if options.shuffle else None,
         options.seed,
         [s.cap for s in parsed],
@@ -148,7 +126,6 @@ def build_dataset(
     )
     if options.shuffle:
         _check_counts(parsed, order.counts(), options.flag)
-    granularity = pack_granularity(options.pad_multiple) if options.packing else 1
     identity: dict[str, Any] = {
         "sources": [s.meta["parts"] for s in stores],
         "weights": weights,
@@ -181,6 +158,7 @@ def build_dataset(
         batch_multiple=options.batch_multiple,
         cache=None if options.cache_dir is None else Path(options.cache_dir) / "packs",
         cache_key=identity,
+        group=group,
     )
     return ChatDataset(
         conversations,
@@ -193,6 +171,56 @@ def build_dataset(
         scores=scores,
         sources=[s.name for s in parsed],
     )
+
+
+def check_rows(
+    sources: Sequence[str | os.PathLike[str]], tokenizer: Any, options: DatasetOptions
+) -> None:
+    """What `build_dataset` refuses of the rows themselves; of the first max_samples of each item.
+
+    Raises ValueError with one line.
+    """
+    _, stores = _read(sources, tokenizer, options)
+    Conversations(stores, options.seq_length, options.overlong)
+
+
+def _read(
+    sources: Sequence[str | os.PathLike[str]], tokenizer: Any, options: DatasetOptions
+) -> tuple[list[Source], list[TokenStore]]:
+    """The items and their tokens."""
+    parsed = parse_sources(sources, options.flag)
+    drawn = any((s.weight, s.cap, s.epochs) != (None, None, None) for s in parsed)
+    if drawn and not options.shuffle and not options.held_out_part:
+        raise ValueError(
+            f"{options.flag}: weights mean nothing here, where each conversation is read once; "
+            "drop them"
+        )
+    if drawn and options.in_order:
+        raise ValueError(
+            f"--no-shuffle: shares, cap= and epochs= of {options.flag} draw conversations at "
+            "random; drop them, or the flag"
+        )
+    spec = encoder_spec(
+        tokenizer,
+        template_args=options.template_args,
+        template_date=options.template_date,
+        rewrites=options.rewrites,
+        drops=options.drops,
+    )
+    stores = prepare(
+        parsed,
+        spec,
+        PrepareOptions(
+            options.reading,
+            options.errors,
+            options.max_bad_rows,
+            options.cache_dir,
+            options.workers,
+            options.progress,
+            options.vocab_size,
+        ),
+    )
+    return parsed, stores
 
 
 def _part(

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.reading import Reading
+from megatron_dft.data.spec import RowKind
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DatasetOptions:
                       (reference_scores.py); rows then carry them
     vocab_size        rows of the model's embedding, which every id has to be one of; None where
                       there is no model
+    rows              what rows are (spec.RowKind); both answers of a pair share a row, or none is
+                      used
     valid_share       this share of each source's rows is held out; held_out_part: the data set is
                       the held-out part, else the rest. One call with each makes a training and a
                       validation set of the same sources
@@ -72,11 +75,14 @@ class DatasetOptions:
     vocab_size: int | None = None
     valid_share: float = 0.0
     held_out_part: bool = False
+    rows: RowKind = RowKind()
 
     @property
     def reading(self) -> Reading:
         """Which rows are read, and what a row is."""
-        return Reading(self.data_format, self.columns, self.mask_history, self.max_samples)
+        return Reading(
+            self.data_format, self.columns, self.mask_history, self.max_samples, self.rows
+        )
 
     def __post_init__(self) -> None:
         if self.seq_length < 1 or self.pad_multiple < 1 or self.seq_length % self.pad_multiple:
@@ -86,3 +92,26 @@ class DatasetOptions:
             )
         if self.overlong not in OVERLONG:
             raise ValueError(f"--overlong {self.overlong!r}: expected one of {', '.join(OVERLONG)}")
+        if self.pairs:
+            self._check_pairs()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two conversations at a time belong together."""
+        return self.rows.name == "pairs"
+
+    def _check_pairs(self) -> None:
+        if not self.packing:
+            raise ValueError("--no-packing: both answers of a pair share a row; drop the flag")
+        if self.overlong == "truncate":
+            raise ValueError(
+                "--overlong truncate: would cut one answer of a pair; choose drop or refuse"
+            )
+        if self.data_format is not None:
+            raise ValueError(
+                f"--data-format {self.data_format}: rows are pairs of chosen and rejected; drop it"
+            )
+        if self.valid_share:
+            raise ValueError(
+                "--valid-share: evaluation is on conversations, not on pairs; give --valid-data"
+            )

@@ -26,11 +26,13 @@ class Conversations:
         seq_length: int,
         overlong: str,
         chosen: Sequence[np.ndarray] | None = None,
+        pair_granularity: int | None = None,
     ) -> None:
-        """chosen: bool [N] for each store, which of its conversations are used; None for all."""
+        """chosen: bool [N] for each store, which of its conversations are used; None for all.
+        pair_granularity: as of fit_conversations."""
         self.stores = list(stores)
         self._kept, self._ends, self.counts = fit_conversations(
-            stores, seq_length, overlong, chosen
+            stores, seq_length, overlong, chosen, pair_granularity
         )
         self.has_weights = any(s.weights is not None for s in stores)
         self._starts = np.concatenate([[0], np.cumsum(self.sizes())])
@@ -84,10 +86,13 @@ def fit_conversations(
     seq_length: int,
     overlong: str,
     chosen: Sequence[np.ndarray] | None = None,
+    pair_granularity: int | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, int]]:
     """Which conversations of each store are used, and how many of their tokens.
 
-    A conversation of n tokens takes n - 1 positions (its last token is a label only).
+    A conversation of n tokens takes n - 1 positions (its last token is a label only). With
+    pair_granularity conversations 2k and 2k + 1 are a pair: both fit in one row together, each
+    counted in multiples of it, or neither is used.
 
     Returns for each store int64 indices and int64 token counts, and over all the counts
     "overlong_dropped", "overlong_truncated" and "overlong_tokens_cut". Raises ValueError for
@@ -99,13 +104,14 @@ def fit_conversations(
         lengths = store.lengths()
         if chosen is not None:
             lengths = np.where(chosen[number], lengths, 0)
-        too_long = np.flatnonzero(lengths - 1 > seq_length)
+        positions = _positions(lengths, pair_granularity)
+        too_long = np.flatnonzero(positions > seq_length)
         if len(too_long) and overlong == "refuse":
             worst = int(too_long[0])
             raise ValueError(
                 f"{len(too_long)} of {len(store)} conversations are longer than --seq-length "
-                f"{seq_length}; the first, {store.where(worst)}, takes {lengths[worst] - 1}; "
-                "raise --seq-length, or choose --overlong drop or --overlong truncate"
+                f"{seq_length}; the first, {store.where(worst)}, takes {positions[worst]}"
+                f"{_remedy(pair_granularity)}"
             )
         end = lengths.copy()
         if overlong == "truncate":
@@ -125,6 +131,20 @@ def fit_conversations(
             "--overlong truncate"
         )
     return kept, ends, counts
+
+
+def _positions(lengths: np.ndarray, pair_granularity: int | None) -> np.ndarray:
+    """int64 [N]: positions that a conversation, or the pair that it is of, takes in a row."""
+    if pair_granularity is None:
+        return lengths - 1
+    rounded = -(-(lengths - 1) // pair_granularity) * pair_granularity
+    return rounded.reshape(-1, 2).sum(1).repeat(2)
+
+
+def _remedy(pair_granularity: int | None) -> str:
+    if pair_granularity is None:
+        return "; raise --seq-length, or choose --overlong drop or --overlong truncate"
+    return " with the other answer of its pair; raise --seq-length, or choose --overlong drop"
 
 
 def last_whole_turn(flagged: np.ndarray, seq_length: int) -> int:

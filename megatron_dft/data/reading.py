@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_dft.data.batches import RowBatch
 from megatron_dft.data.conversation import Conversation, RowError
+from megatron_dft.data.pairs import parse_pair
 from megatron_dft.data.row_values import kind_of, shown
 from megatron_dft.data.schema import parse_row
+from megatron_dft.data.spec import RowKind
 
 # What --columns may put a column in the place of.
 NAMES = (
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output",
-    "history", "system", "tools", "weight",
+    "history", "system", "tools", "weight", "reward", "chosen", "rejected",
 )  # fmt: skip
 
 
@@ -22,17 +24,33 @@ NAMES = (
 class Reading:
     """data_format: of schema.FORMATS, None recognises it by the columns; columns: (name here, name
     in the row) of --columns; mask_history: the last assistant turn that trains trains alone;
-    max_samples: the first so many rows of an item, None for all.
+    max_samples: the first so many rows of an item, None for all; rows: what they are.
     """
 
     data_format: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     mask_history: bool = False
     max_samples: int | None = None
+    rows: RowKind = RowKind()
+
+    @property
+    def size(self) -> int:
+        """Conversations of a row that belong together."""
+        return 2 if self.rows.name == "pairs" else 1
+
+    def parse_all(self, row: Any) -> list[Conversation]:
+        """A decoded row to its conversations, the preferred answer of a pair first; as `parse`."""
+        if self.size == 1:
+            return [self.parse(row)]
+        sides = parse_pair(self._renamed(row) if self.columns else row)
+        return [self._masked(side) for side in sides]
 
     def parse(self, row: Any) -> Conversation:
         """A decoded row to a conversation; RowError with the reason where it is none."""
-        found = parse_row(self._renamed(row) if self.columns else row, self.data_format)
+        row = self._renamed(row) if self.columns else row
+        return self._masked(parse_row(row, self.data_format, self.rows))
+
+    def _masked(self, found: Conversation) -> Conversation:
         if self.mask_history:
             found.trained = found.trained[-1:]
             found.weights = {i: w for i, w in found.weights.items() if i in found.trained}
@@ -70,6 +88,8 @@ class Reading:
             found["mask_history"] = True
         if self.max_samples is not None:
             found["max_samples"] = self.max_samples
+        if self.rows != RowKind():
+            found["rows"] = asdict(self.rows)
         return found
 
 

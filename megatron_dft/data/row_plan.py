@@ -43,6 +43,8 @@ class RowPlan:
         num_samples: samples that will be asked for; None for one pass.
         cache: directory for the packs, or None to keep them in memory.
         cache_key: identifies the conversations behind `lengths`.
+        group: conversations that stay together: `order` then counts groups, group g being the
+            conversations g·group … g·group + group − 1, in that order in their row.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class RowPlan:
         batch_multiple: int = 1,
         cache: Path | None = None,
         cache_key: Any = None,
+        group: int = 1,
     ) -> None:
+        self._group = group
         self._order, self._lengths, self._seq_length = order, lengths, seq_length
         self._packing, self._shuffle, self._seed = packing, shuffle, seed
         rounded = -(-lengths // granularity) * granularity
@@ -111,7 +115,7 @@ class RowPlan:
         """These conversations (int64), each once, in rows like the plan's own."""
         if not self._packing:
             return [[c] for c in conversations.tolist()]
-        packs = pack(conversations, self._sizes, self._seq_length, None)
+        packs = pack(conversations, self._sizes, self._seq_length, None)  # no group is kept
         return [packs.row(i).tolist() for i in range(len(packs))]
 
     def most_members(self) -> int:
@@ -134,12 +138,10 @@ class RowPlan:
         path = None if self._cache is None else self._cache / f"{self._name}-{epoch}.packs"
         if path is not None and path.exists():
             return _load(path)
-        if self._shuffle:
-            key = (self._seed, 2, epoch) if self._order.shuffled else None
-            packs = pack(self._order.epoch(epoch), self._sizes, self._seq_length, key)
-        else:
-            order = self._order.in_file_order()
-            packs = pack(order, self._sizes, self._seq_length, None)
+        order = self._order.epoch(epoch) if self._shuffle else self._order.in_file_order()
+        key = (self._seed, 2, epoch) if self._shuffle and self._order.shuffled else None
+        sizes = self._sizes.reshape(-1, self._group).sum(1)
+        packs = self._conversations_of(pack(order, sizes, self._seq_length, key))
         if path is None:
             return packs
         try:
@@ -147,6 +149,13 @@ class RowPlan:
             return _load(path)
         except OSError:  # a cache that is read-only or full: packed again at the next start
             return packs
+
+    def _conversations_of(self, groups: Packs) -> Packs:
+        """Rows of groups as rows of their conversations."""
+        if self._group == 1:
+            return groups
+        first = np.asarray(groups.members)[:, None] * self._group
+        return Packs((first + np.arange(self._group)).reshape(-1), groups.starts * self._group)
 
 
 def _save(path: Path, packs: Packs) -> None:

@@ -49,8 +49,8 @@ def build_row(
 
     Also in line with the labels: uint8 [S] token_kinds (spec.KIND_END: it ends a trained turn,
     KIND_WRITTEN: the chat template wrote it; 0 where nothing trains); with token_weights float32
-    [S] token_weights, above 0 exactly where loss_mask is 1; with sources int16 [S] source_ids, -1
-    in the padding.
+    [S] token_weights, other than 0 exactly where loss_mask is 1, below 0 for negative rewards
+    alone; with sources int16 [S] source_ids, -1 in the padding.
     """
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORE_INDEX, dtype=np.int64)

@@ -7,10 +7,13 @@ from typing import Any
 
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.messages import conversation
+from megatron_dft.data.rewards import reward_of
 from megatron_dft.data.row_values import check_text, column, kind_of, shown
+from megatron_dft.data.spec import RowKind
 from megatron_dft.data.tool_calls import sharegpt_calls, tools_of
-from megatron_dft.data.training_keys import is_training_key, message_weight, row_weight
+from megatron_dft.data.training_keys import is_training_key, message_weight, product, row_weight
 
+CHAT = RowKind()
 FORMATS = ("messages", "prompt-completion", "alpaca", "sharegpt")
 
 _SHAREGPT_ROLES = {
@@ -55,6 +58,8 @@ def detect_format(columns: Sequence[str]) -> str:
         fits.append("sharegpt")
     if len(fits) == 1:
         return fits[0]
+    if {"chosen", "rejected"} & have and not fits:
+        raise RowError("the row is a pair of answers, which --loss dpo trains on")
     seen = ", ".join(c[:40] for c in sorted(map(str, have))[:12]) or "none"
     if not fits:
         raise RowError(
@@ -66,21 +71,23 @@ def detect_format(columns: Sequence[str]) -> str:
     )
 
 
-def parse_row(row: Any, data_format: str | None) -> Conversation:
+def parse_row(row: Any, data_format: str | None, kind: RowKind = CHAT) -> Conversation:
     """A decoded row in layout `data_format` (one of FORMATS) to a Conversation.
 
-    None recognises the layout by the row's columns.
+    None recognises the layout by the row's columns. `kind`: whether its reward is read.
 
     Raises RowError with the reason: missing columns, wrong role order, empty content, no assistant
-    turn to train on, not text; NothingToTrain for a row of weight 0.
+    turn to train on, not text, a bad reward; NothingToTrain for a row of weight or reward 0.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a row must be a JSON object, not {kind_of(row)}")
     layout = data_format or detect_format(list(row))
     weight = row_weight(row) if len(row) > 1 else 1.0
+    if kind.name in ("weighted", "rewarded"):
+        weight = product(weight, reward_of(row, kind), "the row")
     found = _PARSERS[layout](row, weight or 1.0)
     if not weight:
-        raise NothingToTrain("the row has weight 0")
+        raise NothingToTrain("the row has weight or reward 0")
     if len(row) > 1:
         known = _COLUMNS[layout]
         found.notes += [
@@ -90,6 +97,7 @@ def parse_row(row: Any, data_format: str | None) -> Conversation:
             and c not in _SYSTEM_COLUMNS
             and value is not None
             and not _is_weight(c, layout)
+            and not (c == "reward" and kind != CHAT)
         ]
     return found
 
@@ -160,7 +168,8 @@ def _parse_alpaca(row: Mapping[str, Any], weight: float) -> Conversation:
     return conversation(_with_system(row, messages), tools_of(row), weight)
 
 
-def _parse_prompt_completion(row: Mapping[str, Any], weight: float) -> Conversation:
+def parse_prompt_completion(row: Mapping[str, Any], weight: float) -> Conversation:
+    """As `parse_row`, of prompt and completion; only the completion trains."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return _verbatim(row, prompt, completion, weight)
@@ -211,7 +220,7 @@ def _with_system(row: Mapping[str, Any], messages: list[Any]) -> list[Any]:
 
 _PARSERS = {
     "messages": _parse_messages,
-    "prompt-completion": _parse_prompt_completion,
+    "prompt-completion": parse_prompt_completion,
     "alpaca": _parse_alpaca,
     "sharegpt": _parse_sharegpt,
 }

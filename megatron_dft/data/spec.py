@@ -24,6 +24,19 @@ REWRITES = ("per-turn", "refuse")
 DROPS = ("refuse", "warn")
 
 
+# What a row is: a conversation; one whose reward is a factor on its loss; one whose reward has a
+# sign; or a pair of a preferred and a rejected answer.
+ROW_KINDS = ("chat", "weighted", "rewarded", "pairs")
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What rows are. name: one of ROW_KINDS; wrong_reward: what a reward of 0 counts as."""
+
+    name: str = "chat"
+    wrong_reward: float = 0.0
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """All that turns a conversation into ids: picklable, hashable, without transformers.

@@ -120,10 +120,10 @@ def _count_supervised(conversations: Conversations, special: dict[int, str]) -> 
 
 def _weights(conversations: Conversations) -> tuple[float, float, float]:
     """Smallest, largest and mean weight of a supervised token."""
-    smallest, largest, total, count = np.inf, 0.0, 0.0, 0
+    smallest, largest, total, count = np.inf, -np.inf, 0.0, 0
     for number in range(len(conversations)):
         weights = conversations.token_weights(number)
-        weights = weights[weights > 0].astype(np.float64)
+        weights = weights[weights != 0].astype(np.float64)
         smallest, largest = min(smallest, weights.min()), max(largest, weights.max())
         total, count = total + weights.sum(), count + len(weights)
     return float(smallest), float(largest), float(total / count)

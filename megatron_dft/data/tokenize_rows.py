@@ -54,8 +54,7 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> R
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
     for number, raw in zip(batch.numbers, batch.rows, strict=True):
         try:
-            conversation = reading.parse(decode_row(raw))
-            texts = encoder.render(conversation)
+            conversations, texts = _texts(decode_row(raw), reading, encoder)
         except NothingToTrain:
             _count(counts, ZERO_WEIGHT)
             continue
@@ -65,27 +64,57 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> R
         except RecursionError:
             bad.append(BadRow(batch.file, number, "its values are nested too deep"))
             continue
-        counts["per_turn_rows"] += len(texts) > 1
-        if conversation.notes or conversation.unread:
-            _count_notes(counts, conversation, encoder)
+        counts["per_turn_rows"] += len(texts) > len(conversations)
+        for conversation in conversations[:1]:  # what is said of one side is true of the other
+            if conversation.notes or conversation.unread:
+                _count_notes(counts, conversation, encoder)
         rendered.extend(texts)
         numbers.extend([number] * len(texts))
     pieces: list[Encoded] = []
     for start in range(0, len(rendered), _ENCODE_BATCH):
         pieces.extend(encoder.encode_weighted(rendered[start : start + _ENCODE_BATCH]))
     kept, kept_numbers = [], []
-    for number, piece in zip(numbers, pieces, strict=True):
-        # The first token is never predicted, so one token alone has nothing to learn from.
-        if len(piece.flagged) >= 2 and bool((piece.flagged[1:] & SUPERVISED).any()):
-            kept.append(piece)
-            kept_numbers.append(number)
+    size = reading.size
+    for start in range(0, len(pieces), size):
+        group, number = pieces[start : start + size], numbers[start]
+        reason = _nothing_in(group)
+        if reason is None:
+            kept += group
+            kept_numbers += [number] * size
         else:
-            bad.append(BadRow(batch.file, number, "its assistant turns hold no token"))
+            bad.append(BadRow(batch.file, number, reason))
     bad.sort(key=lambda b: b.number)
     counts["bad_rows"] = len(bad)
     for row in bad:
         _count(counts, REASON + reason_kind(row.reason))
     return Result(_block(batch.file, kept, kept_numbers, counts), bad)
+
+
+def _texts(
+    row: Any, reading: Reading, encoder: ChatEncoder
+) -> tuple[list[Conversation], list[Rendered]]:
+    """A row's conversations, two of a pair, and the texts to train on; RowError as they raise."""
+    conversations, texts = reading.parse_all(row), []
+    for conversation in conversations:
+        rendered = encoder.render(conversation)
+        if len(rendered) > 1 and reading.size > 1:
+            raise RowError(
+                "the chat template rewrites an earlier turn when a later one follows, and an "
+                "answer of a pair is one text; keep one turn in it"
+            )
+        texts += rendered
+    return conversations, texts
+
+
+def _nothing_in(group: Sequence[Encoded]) -> str | None:
+    """Why a conversation, or both of a pair, teach nothing; None where they do."""
+    for piece in group:
+        # The first token is never predicted, so one token alone has nothing to learn from.
+        if len(piece.flagged) < 2 or not bool((piece.flagged[1:] & SUPERVISED).any()):
+            return "its assistant turns hold no token"
+    if len(group) == 2 and np.array_equal(group[0].flagged, group[1].flagged):
+        return "chosen and rejected are the same"
+    return None
 
 
 def _block(file: int, kept: list[Encoded], numbers: list[int], counts: dict[str, int]) -> Block:

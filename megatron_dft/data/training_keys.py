@@ -65,7 +65,7 @@ def row_weight(row: Mapping[str, Any]) -> float:
 
 
 def product(message: float, row: float, where: str) -> float:
-    """Both factors together; RowError where fp32 cannot hold what is above 0."""
+    """Both factors together; RowError where fp32 cannot hold what is not 0."""
     weight = _single(message * row, where)
     if message and row and not weight:
         raise RowError(f"{where}: its weight {message * row} is above 0 and too small for fp32")
@@ -95,6 +95,6 @@ def _as_single(number: float) -> float:
 
 def _single(weight: float, where: str) -> float:
     single = _as_single(weight)
-    if single == math.inf or (weight > 0 and single == 0):
+    if abs(single) == math.inf or (weight != 0 and single == 0):
         raise RowError(f"{where}: the weights multiply to {weight}, which fp32 does not hold")
     return single

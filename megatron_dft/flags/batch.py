@@ -38,7 +38,7 @@ def check_batch(args: argparse.Namespace, world_size: int) -> None:
         raise ValueError(
             f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} × "
             f"--context-parallel-size {cp} = {tp * pp * cp}: expected a divisor of the number of "
-            f"ranks, got {world_size}; change the layout or torchrun's --nproc-per-node"
+            f"ranks, got {world_size}; change the layout or --nproc-per-node"
         )
     if not args.no_packing and args.micro_batch_size != 1:
         raise ValueError(

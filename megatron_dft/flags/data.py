@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from megatron_dft.data.overlong import OVERLONG
 from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.reading import parse_columns
 from megatron_dft.data.schema import FORMATS
-from megatron_dft.data.spec import DROPS, REWRITES
+from megatron_dft.data.spec import DROPS, REWRITES, RowKind
 
 DEFAULT_MAX_BAD_ROWS = 0.001
+WRONG_REWARD = -0.2
 
 
 def add_arguments(group: Any) -> None:
@@ -121,6 +123,20 @@ def add_arguments(group: Any) -> None:
         "behind the last whole assistant turn that fits; always counted",
     )
     add(
+        "--reward-weights",
+        action="store_true",
+        help="multiply each row's weight by its reward, as `megatron-dft verify` writes it; rows "
+        "of reward 0 are left out; --loss rift takes rewards by itself",
+    )
+    add(
+        "--wrong-reward",
+        type=float,
+        default=None,
+        metavar="R",
+        help="--loss rift: what a row of reward 0, a wrong answer, counts as; default: -0.2 (arXiv "
+        "2601.09253), 0 leaves such rows out",
+    )
+    add(
         "--no-shuffle",
         action="store_true",
         help="train in the order of the items and their rows, in every epoch; packing moves a "
@@ -216,7 +232,25 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         max_samples=args.max_samples,
         in_order=args.no_shuffle,
         workers=args.data_workers,
+        rows=_row_kind(args),
     )
+
+
+def _row_kind(args: argparse.Namespace) -> RowKind:
+    """What rows are under --loss; without that flag (inspect-data's default) conversations."""
+    loss = getattr(args, "loss", None)
+    if args.wrong_reward is not None and loss != "rift":
+        raise ValueError(f"--wrong-reward: belongs to --loss rift, got --loss {loss}; drop it")
+    if args.reward_weights and loss in ("rift", "dpo"):
+        raise ValueError(f"--reward-weights: has no meaning under --loss {loss}; drop it")
+    if loss == "dpo":
+        return RowKind("pairs")
+    if loss == "rift":
+        wrong = WRONG_REWARD if args.wrong_reward is None else args.wrong_reward
+        if not -math.inf < wrong <= 0:
+            raise ValueError(f"--wrong-reward: expected at most 0, got {wrong:g}; -0.2 is usual")
+        return RowKind("rewarded", wrong)
+    return RowKind("weighted") if args.reward_weights else RowKind()
 
 
 def _template_args(text: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ of one conversation. The CPU runtime brings layers of its own (cpu/layers.py), w
 """
 
 import argparse
+import importlib.util
 
 from megatron_dft.flags.defaults import has_transformer_engine
 from megatron_dft.losses.refusals import Refusal, given, refuse
@@ -55,6 +56,7 @@ def check(args: argparse.Namespace, on_cpu: bool) -> None:
             "--require-fused-attention: expected a GPU and transformer-engine, got "
             f"{'a CPU' if on_cpu else '--transformer-impl local'}; drop it"
         )
+    _check_async_save(args, on_cpu)
     is_local = args.transformer_impl == "local"
     if not is_local and not has_transformer_engine():
         where = "on a CPU" if on_cpu else "without transformer-engine"
@@ -73,3 +75,24 @@ def check(args: argparse.Namespace, on_cpu: bool) -> None:
             "one conversation, got packed rows; install transformer-engine, or add --no-packing"
         )
     refuse(args, _LOCAL, "--transformer-impl local")
+
+
+def _check_async_save(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Megatron switches it off in silence, or waits for ever, where its writer cannot work."""
+    if not args.async_save:
+        return
+    if not args.use_persistent_ckpt_worker:
+        raise ValueError(
+            "--async-save: expected --use-persistent-ckpt-worker beside it, without which Megatron "
+            "saves while training waits; add it or drop the flag"
+        )
+    if on_cpu:
+        raise ValueError(
+            "--async-save: Megatron's writer process needs CUDA, got a run on the CPU; drop it and "
+            "--use-persistent-ckpt-worker"
+        )
+    if args.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--async-strategy nvrx: needs nvidia-resiliency-ext, which is not installed; install "
+            "it or give --async-strategy mcore"
+        )

@@ -13,8 +13,12 @@ _USAGE = (
     "megatron-dft {command} [--nproc-per-node N] --hf-model DIR_OR_NAME --train-data PATH … "
     "[FLAGS]\n       torchrun TORCHRUN_FLAGS -m megatron_dft.{command} [FLAGS]   (several nodes)"
 )
-_LAUNCH = ("--nproc-per-node", "N", "ranks on this machine, each with a GPU, or as many CPU "
-           "processes as a rehearsal; gpu: one a GPU; default: 1")  # fmt: skip
+_LAUNCH: tuple[tuple[str, str, str], ...] = (
+    ("--nproc-per-node", "N", "ranks on this machine, each with a GPU, or as many CPU processes as "
+     "a rehearsal; gpu: one a GPU; default: 1"),
+    ("--dry-run", "", "check all that the run would refuse, its data too, and start nothing; with "
+     "--nnodes M as on M machines"),
+)  # fmt: skip
 # flag, value, what it does; the defaults are those of a run here.
 _COMMON: tuple[tuple[str, str, str], ...] = (
     ("--seq-length", "TOKENS", "of a row; required"),
@@ -68,7 +72,7 @@ def print_help(argv: Sequence[str], scoring: bool) -> bool:
         formatter_class=Defaults,
         epilog=f"Every flag of Megatron's works beside these: {MEGATRON} lists them.",
     )
-    _add(parser.add_argument_group("launch"), (_LAUNCH,))
+    _add(parser.add_argument_group("launch"), _LAUNCH)
     _add(parser.add_argument_group("Megatron's flags that most runs set"), _COMMON)
     define(parser, scoring)
     terminal.say(parser.format_help().rstrip())

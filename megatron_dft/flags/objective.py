@@ -8,7 +8,11 @@ from megatron_dft.data.spec import KIND_END, KIND_WRITTEN
 from megatron_dft.losses import registry
 from megatron_dft.losses.refusals import flag_of
 from megatron_dft.losses.registry import Objective
-from megatron_dft.losses.token_stats import REFERENCE_STATISTICS, VOCABULARY_STATISTICS
+from megatron_dft.losses.token_stats import (
+    REFERENCE_STATISTICS,
+    ROW_STATISTICS,
+    VOCABULARY_STATISTICS,
+)
 
 # The kinds of tokens (bits of the rows' token_kinds) that take weight 1.
 FULL_WEIGHT = {"none": 0, "end": KIND_END, "template": KIND_WRITTEN | KIND_END}
@@ -46,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dft-reference-model",
         metavar="DIR_OR_NAME",
-        help="frozen model for iw-sft, psft, asft and --kl-coeff, held in the same layout; "
-        "default: --hf-model",
+        help="frozen model for iw-sft, psft, asft, dpo, target-sft (its teacher), --kl-coeff and "
+        "--dft-weight-from reference, held in the same layout; default: --hf-model",
     )
     group.add_argument(
         "--kl-coeff",
@@ -80,11 +84,42 @@ def needs_kl(args: argparse.Namespace, objective: Objective) -> bool:
 
 def check(args: argparse.Namespace, objective: Objective) -> None:
     """Raise one ValueError for what the objective or its reference cannot do."""
-    missing = sorted(objective.needs - set(VOCABULARY_STATISTICS) - REFERENCE_STATISTICS)
-    assert not missing, f"no source for {missing}"
+    known = frozenset(VOCABULARY_STATISTICS) | REFERENCE_STATISTICS | ROW_STATISTICS
+    assert objective.needs <= known, f"no source for {sorted(objective.needs - known)}"
+    if objective.signed:
+        _check_signed(args, objective)
     _check_full_weight(args, objective)
     _check_reference(args, objective)
     _check_mtp(args, objective)
+
+
+def _check_signed(args: argparse.Namespace, objective: Objective) -> None:
+    """Refusals of objectives that push tokens down as well as up."""
+    loss = f"--loss {objective.name}"
+    if args.dft_full_weight != "none":
+        raise ValueError(
+            f"--dft-full-weight {args.dft_full_weight}: would teach the ends of bad answers too, "
+            f"got {loss}; drop it"
+        )
+    if args.loss_row_filter is not None:
+        raise ValueError(f"--loss-row-filter: has not been proven with {loss}; drop it")
+    if args.loss_normalizer == "weights":
+        raise ValueError(
+            f"--loss-normalizer weights: rewards and pairs have no sum of weights, got {loss}; "
+            "drop it"
+        )
+    if not objective.entry.per_pair:
+        return
+    if args.kl_coeff:
+        raise ValueError(
+            f"--kl-coeff: has not been proven with {loss}, whose β holds the model to the base "
+            "already; drop it"
+        )
+    if args.num_experts:
+        raise ValueError(
+            f"{loss}: has not been proven with experts, whose routers' losses are divided by "
+            "tokens; choose another --loss"
+        )
 
 
 def _check_full_weight(args: argparse.Namespace, objective: Objective) -> None:
@@ -112,7 +147,7 @@ def _check_reference(args: argparse.Namespace, objective: Objective) -> None:
     if args.dft_reference_model is not None and not compares(args, objective):
         raise ValueError(
             f"--dft-reference-model: --loss {objective.name} compares with nothing; drop it, or "
-            "choose iw-sft, psft, asft or --kl-coeff"
+            "choose iw-sft, psft, asft, target-sft, dpo, --kl-coeff or --dft-weight-from reference"
         )
     held = compares(args, objective) and args.dft_reference_scores is None
     if held and has_virtual_stages(args):

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("reference scores").add_argument(
         FLAG,
         metavar="DIR",
-        help="log-probabilities of the reference for iw-sft and psft, written by "
-        "megatron_dft.score: read beside the data, no frozen model is held",
+        help="log-probabilities of the reference for iw-sft, psft, dpo and --dft-weight-from "
+        "reference, written by megatron_dft.score: read beside the data, no frozen model is held",
     )
 
 
@@ -110,7 +110,7 @@ def check_training(args: argparse.Namespace, objective: Objective) -> None:
         )
     if "reference_log_prob" not in objective.needs:
         raise ValueError(
-            f"{FLAG}: --loss {objective.name} compares with nothing; drop it, or choose iw-sft or "
-            "psft"
+            f"{FLAG}: --loss {objective.name} compares with nothing; drop it, or choose iw-sft, "
+            "psft, dpo or --dft-weight-from reference"
         )
     ReferenceScores(args.dft_reference_scores)

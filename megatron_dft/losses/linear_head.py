@@ -160,9 +160,11 @@ def linear_head_loss(
         rows=rows,
         group=group,
         want=Wanted(
+            entropy="entropy" in objective.needs,
             sum_sq_prob="sum_sq_prob" in objective.needs,
             top_k=TOP_K if "entropy_top20" in objective.needs else 0,
             kl=wants_kl,
+            reference_share=objective.reference_share,
         ),
         vocab_start=vocab_start,
         real=real,
@@ -188,9 +190,11 @@ def linear_head_loss(
     outputs = _statistics(design).apply(*arguments)
     shaped = [None if x is None else layout.like_labels(x) for x in outputs]
     log_prob, is_top1 = shaped[0], shaped[1]
-    entropy_top20, sum_sq_prob, kl = shaped[2:]
+    entropy, entropy_top20, sum_sq_prob, kl = shaped[2:]
     assert log_prob is not None and is_top1 is not None
-    found: dict[str, Any] = {"entropy_top20": entropy_top20, "sum_sq_prob": sum_sq_prob}
+    found: dict[str, Any] = {
+        "entropy": entropy, "entropy_top20": entropy_top20, "sum_sq_prob": sum_sq_prob
+    }  # fmt: skip
     if "kl" in objective.needs:
         found["kl"] = kl
     loss, token_weight = objective(

@@ -142,7 +142,10 @@ def linear_gradients(
     logits_of = _BlockLogits(hidden_nh, weight_Vh)
     for block in head.blocks(tokens):
         logits = logits_of(block)
-        gradient = LogitGradient(done, target_n, head.vocab_start + block.start, None)
+        gradient = LogitGradient(
+            done, target_n, head.vocab_start + block.start, None,
+            reference_share=head.want.reference_share,
+        )  # fmt: skip
         gradient.set_upstream(upstream_n, None, None, None, kl_upstream_n)
         reference = None
         if head.reference is not None and kl_upstream_n is not None:
@@ -174,8 +177,8 @@ def _of_rows(done: Finished, index: Tensor) -> Finished:
 
 class LinearStatistics(torch.autograd.Function):
     """(hidden [N, h], weight, target [T], Head) → log p and KL [T], differentiable, and the
-    constants whether log p is greedy decoding's choice, entropy of the top k and Σp²; [T] or None:
-    log p, top-1, entropy, Σp², KL."""
+    constants whether log p is greedy decoding's choice, entropy, that of the top k and Σp²; [T] or
+    None: log p, top-1, entropy, entropy of the top k, Σp², KL."""
 
     @staticmethod
     def forward(ctx, hidden_Nh: Tensor, weight_Vh: Tensor, target_T: Tensor, head: Head):
@@ -219,10 +222,12 @@ class LinearStatistics(torch.autograd.Function):
 
 
 def spread_outputs(ctx, rows: SupervisedRows, done: Finished) -> tuple[Tensor | None, ...]:
-    """(log p, top-1, entropy of the top k, Σp², KL) [T]; the first and the last have gradients."""
-    values = (done.log_prob, done.is_top1, done.entropy_top, done.sum_sq_prob, done.kl)
+    """(log p, top-1, entropy, that of the top k, Σp², KL) [T]; the first and the last have
+    gradients."""
+    constants = (done.is_top1, done.entropy, done.entropy_top, done.sum_sq_prob)
+    values = (done.log_prob, *constants, done.kl)
     out = tuple(None if v is None else rows.spread(v) for v in values)
-    ctx.mark_non_differentiable(*(v for v in out[1:4] if v is not None))
+    ctx.mark_non_differentiable(*(v for v in out[1:-1] if v is not None))
     return out
 
 
@@ -230,6 +235,6 @@ def upstream_of(
     rows: SupervisedRows, grads: tuple[Tensor | None, ...], log_prob_n: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients [n] of log p (zeros where none came) and of the KL, of `spread_outputs`."""
-    first, kl = grads[0], grads[4]
+    first, kl = grads[0], grads[-1]
     upstream = torch.zeros_like(log_prob_n) if first is None else rows.of(first)
     return upstream, None if kl is None else rows.of(kl)

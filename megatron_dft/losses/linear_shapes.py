@@ -169,11 +169,13 @@ def pick_design(
     if design not in DESIGNS:
         raise ValueError(f"design: expected one of {', '.join(DESIGNS)}, got {design!r}")
     possible = ranks == 1 and objective.per_token and not wants_kl and row_filter is None
+    # e^{z−m}, on which that design builds, does not outlast the entropy's sum.
+    possible = possible and "entropy" not in objective.needs
     if design == "forward" and not possible:
         raise ValueError(
             f"design: expected 'recompute' with {ranks} tensor-parallel ranks and --loss "
             f"{objective.name}, got 'forward', which needs one rank and weights of single tokens, "
-            "no KL term and no row filter"
+            "no entropy, no KL term and no row filter"
         )
     if design == "keep" and not kernels_serve:
         raise ValueError(

@@ -15,6 +15,8 @@ from megatron_dft.losses.token_stats import (
     Terms,
     TokenStats,
     batch_median,
+    log_ratio,
+    segment_count,
     segment_mean,
     segment_sum,
 )
@@ -96,24 +98,16 @@ def chord_phi(stats: TokenStats) -> Terms:
     return Terms(p * (1.0 - p))
 
 
-def _log_ratio(stats: TokenStats) -> Tensor:
-    """log p − log p_ref, finite: 0 where both are impossible, ±1e30 where one is."""
-    assert stats.reference_log_prob is not None
-    ratio = stats.log_prob - stats.reference_log_prob
-    # A conversation's mean of +inf and −inf would be NaN.
-    return torch.nan_to_num(ratio, nan=0.0, posinf=1e30, neginf=-1e30)
-
-
 def iw_sft(stats: TokenStats, level: str, low: float, high: float, temperature: float) -> Terms:
     """Importance-weighted SFT against a reference policy (2507.12856).
 
     Token level: w = clamp(p / p_ref, low, high). Sequence level: w = clamp(exp(temperature · m),
     low, high), m the conversation's mean of log p − log p_ref.
     """
-    log_ratio = _log_ratio(stats)
+    ratio = log_ratio(stats)
     if level == "sequence":
-        log_ratio = temperature * segment_mean(stats, log_ratio)
-    return Terms(log_ratio.exp().clamp(min=low, max=high))
+        ratio = temperature * segment_mean(stats, ratio)
+    return Terms(ratio.exp().clamp(min=low, max=high))
 
 
 def psft(stats: TokenStats, clip: float) -> Terms:
@@ -122,7 +116,7 @@ def psft(stats: TokenStats, clip: float) -> Terms:
     The paper's −min(r·A, clip(r, 1 − ε₁, 1 + ε₂)·A) with its advantage A = 1: the lower clip ε₁ can
     never be the minimum then, so only ε₂ exists here.
     """
-    ratio = _log_ratio(stats).exp()
+    ratio = log_ratio(stats).exp()
     inside = ratio <= 1.0 + clip
     return Terms(torch.where(inside, ratio, 0.0), -ratio.clamp(max=1.0 + clip))
 
@@ -131,6 +125,48 @@ def asft(stats: TokenStats, kl_weight: float) -> Terms:
     """DFT + λ · KL(π_base ‖ π_θ) over the full vocabulary (2509.23753)."""
     assert stats.kl is not None
     return Terms(stats.prob, extra=kl_weight * stats.kl)
+
+
+def target_sft(stats: TokenStats, eta: float) -> Terms:
+    """Cross entropy to Q = p·δ_y + (1 − p)·π̃, π̃ ∝ π_θ^(1−η)·π_T^η (Target-SFT, 2606.11189).
+
+    Q is a constant: the gradient by the logits is softmax − Q. `kl` is KL(π̃ ‖ π_θ), whose gradient
+    is that of the cross entropy to π̃; so the loss reads lower than the paper's by (1 − p)·H(π̃).
+    Tokens of `full_weight` are trusted wholly: Q = δ_y.
+    """
+    assert stats.kl is not None
+    trust = stats.prob
+    if stats.full_weight is not None:
+        trust = torch.where(stats.full_weight.to(torch.bool), 1.0, trust)
+    return Terms(trust, extra=(1.0 - trust) * stats.kl)
+
+
+def idft(stats: TokenStats, beta: float, low: float, high: float) -> Terms:
+    """w = p^γ, γ = clamp(exp(−φ/β), low, high), φ = log p + H (IDFT, 2602.12222).
+
+    φ < 0: the token is less likely than the model's own would be on average, γ > 1 keeps less of
+    its gradient than DFT; φ > 0: γ < 1 keeps more.
+    """
+    assert stats.entropy is not None
+    gamma = (-(stats.log_prob + stats.entropy) / beta).exp().clamp(min=low, max=high)
+    return Terms((gamma * stats.log_prob.clamp(max=0.0)).exp())
+
+
+def rift(stats: TokenStats, level: str) -> Terms:
+    """loss = −r·log p where the row's reward r > 0, −r·p where r < 0 (RIFT, 2601.09253).
+
+    −r·p lies in [0, −r], where −r·log p would run to −∞ as p falls; its w is r·p, below 0. p is the
+    token's, or at the sequence level Π p over the answer: the paper's π(y | x), which is 0 in fp32
+    for all but short ones.
+    """
+    assert stats.reward is not None
+    reward, p, share = stats.reward, stats.prob, torch.ones_like(stats.log_prob)
+    if level == "sequence":
+        p = segment_sum(stats, stats.log_prob).clamp(max=0.0).exp()
+        share = 1.0 / segment_count(stats).clamp(min=1.0)
+    likelihood = torch.where(reward == 0, 0.0, -reward * stats.log_prob)
+    value = torch.where(reward < 0, -reward * p * share, likelihood)
+    return Terms(torch.where(reward < 0, reward * p, reward), value)
 
 
 def eaft(stats: TokenStats, exponent: float) -> Terms:

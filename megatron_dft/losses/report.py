@@ -37,6 +37,7 @@ def token_figures(
     kl: Tensor | None = None,
     ends: Tensor | None = None,
     sources: tuple[Tensor, Sequence[str]] | None = None,
+    pairs: tuple[dict[str, Tensor], Tensor] | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Names, and sums over the supervised tokens of one micro-batch on one rank, their number last.
 
@@ -50,11 +51,12 @@ def token_figures(
         kl: fp32 [b, s], KL(π_base ‖ π_θ); None without a reference.
         ends: bool [b, s], which supervised tokens end a turn; None if not known.
         sources: (integer [b, s], names): which source a token is of, for the cross entropy of each.
+        pairs: (name → sum over pairs, their number), fp32 scalars, in the place of the token loss.
     """
     supervised, p = mask.bool(), (-cross_entropy).exp()
     found = {CROSS_ENTROPY: cross_entropy}
     if objective is not None:
-        if objective != "sft":
+        if objective != "sft" and pairs is None:
             found[f"{objective} loss"] = token_loss
         found["dft/mean-weight"] = weight
     found["dft/mean-prob"] = p
@@ -77,7 +79,12 @@ def token_figures(
         reached = ((p * HISTOGRAM_BINS >= edges) & supervised).flatten(1).sum(1).float()
         parts.insert(0, torch.cat([reached[:-1] - reached[1:], reached[-1:]]))
     shares = [histogram_key(i) for i in range(HISTOGRAM_BINS)] if objective is not None else []
-    return (*shares, *found), torch.cat(parts)
+    sums = torch.cat(parts)
+    of_pairs: dict[str, Tensor] = {}
+    if pairs is not None:
+        of_pairs = pairs[0] | {_COUNT + name: pairs[1].float() for name in pairs[0]}
+        sums = torch.cat([sums[:-1], torch.stack([*of_pairs.values()]), sums[-1:]])
+    return (*shares, *found, *of_pairs), sums
 
 
 def loss_report(

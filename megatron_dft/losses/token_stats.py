@@ -6,7 +6,7 @@ vocabulary shards, hence equal on every tensor-parallel rank, and so is all that
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,13 @@ from torch import Tensor
 # come from a frozen reference model.
 VOCABULARY_STATISTICS = ("entropy", "entropy_top20", "sum_sq_prob")
 REFERENCE_STATISTICS = frozenset(("reference_log_prob", "kl"))
+# What the data says of a token's row.
+ROW_STATISTICS = frozenset(("reward",))
+
+
+_PER_TOKEN = (
+    "entropy", "entropy_top20", "sum_sq_prob", "reference_log_prob", "kl", "reward"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,7 @@ class TokenStats:
         sum_sq_prob: Σ_k p_k². These three are used as constants.
         reference_log_prob: log π_ref(y_t | ·) of the base or old model.
         kl: KL(π_base ‖ π_θ) over the full vocabulary; carries a gradient.
+        reward: of the row that the token is of, of either sign.
         full_weight: non-zero (any dtype) where the objective's weight is not asked: the token takes
             w = 1, plain −log p. No other token's weight changes by it.
         context_parallel_group: ranks that hold the other parts of the same conversations.
@@ -52,6 +60,7 @@ class TokenStats:
     sum_sq_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     kl: Tensor | None = None
+    reward: Tensor | None = None
     full_weight: Tensor | None = None
     context_parallel_group: dist.ProcessGroup | None = None
     batch_group: dist.ProcessGroup | None = None
@@ -60,6 +69,18 @@ class TokenStats:
     def prob(self) -> Tensor:
         """p = π_θ(y_t | ·), at most 1 even where rounding left log p a hair above 0."""
         return self.log_prob.clamp(max=0.0).exp()
+
+    def supervised_only(self) -> "TokenStats":
+        """The same with a bool mask, 0 where it is False, and no gradient but to `kl`."""
+        supervised = self.mask.to(torch.bool)
+        log_prob = torch.where(supervised, self.log_prob.detach(), 0.0)
+        found: dict[str, Any] = {}
+        for name in _PER_TOKEN:
+            value = getattr(self, name)
+            if value is not None:
+                value = value if name == "kl" else value.detach().to(log_prob.dtype)
+                found[name] = torch.where(supervised, value, 0.0)
+        return dataclasses.replace(self, log_prob=log_prob, mask=supervised, **found)
 
 
 class Terms(NamedTuple):
@@ -118,17 +139,42 @@ def segment_sum(stats: TokenStats, values: Tensor) -> Tensor:
     return _segment_totals(stats, values)[0]
 
 
-def _segment_totals(stats: TokenStats, values: Tensor) -> tuple[Tensor, Tensor]:
+def segment_count(stats: TokenStats) -> Tensor:
+    """Supervised tokens of each token's conversation, log_prob's shape."""
+    return _segment_totals(stats, stats.log_prob)[1]
+
+
+def segment_table(stats: TokenStats, *values: Tensor) -> tuple[Tensor, Tensor]:
+    """(float64 [len(values) + 1, S], int64 [T]): each conversation's sums over its supervised
+    tokens, their number last, and the conversation of each token, flat.
+
+    One all-reduce where conversations are split over context-parallel ranks.
+    """
     ids, number = _segments(stats)
     supervised = stats.mask.reshape(-1).to(torch.bool)
     # float64: the order of index_add_'s atomics then stays below fp32's last bit, so that
     # tensor-parallel ranks agree on the weight.
-    rows = torch.stack([values.reshape(-1).double(), torch.ones_like(ids, dtype=torch.float64)])
-    totals = rows.new_zeros(2, number).index_add_(1, ids, torch.where(supervised, rows, 0.0))
+    ones = torch.ones_like(ids, dtype=torch.float64)
+    rows = torch.stack([*(v.reshape(-1).double() for v in values), ones])
+    totals = rows.new_zeros(len(rows), number)
+    totals.index_add_(1, ids, torch.where(supervised, rows, 0.0))
     if _is_spread(stats.context_parallel_group):
         dist.all_reduce(totals, group=stats.context_parallel_group)
+    return totals, ids
+
+
+def _segment_totals(stats: TokenStats, values: Tensor) -> tuple[Tensor, Tensor]:
+    totals, ids = segment_table(stats, values)
     total, count = totals[:, ids].to(values.dtype).unbind(0)
     return total.view_as(values), count.view_as(values)
+
+
+def log_ratio(stats: TokenStats) -> Tensor:
+    """log p − log p_ref, finite: 0 where both are impossible, ±1e30 where one is."""
+    assert stats.reference_log_prob is not None
+    ratio = stats.log_prob - stats.reference_log_prob
+    # A conversation's mean of +inf and −inf would be NaN.
+    return torch.nan_to_num(ratio, nan=0.0, posinf=1e30, neginf=-1e30)
 
 
 def batch_median(stats: TokenStats, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_dft.losses.vocab_statistics import (
     LOWEST,
     Finished,
     Wanted,
+    mixed_reference,
     target_position,
 )
 
@@ -31,6 +32,7 @@ class LogitGradient:
     # Set where the forward left e^{z−m} in the logits' place, m being the shard's own maximum.
     shard_maximum_T: Tensor | None = None
     upstream: tuple[Tensor | None, ...] = ()
+    reference_share: float = 1.0  # of Wanted
 
     @classmethod
     def of(
@@ -48,7 +50,8 @@ class LogitGradient:
             top = gathered_SCT[:, want.rows()["top"]].flatten(0, 1)
             chosen = top.topk(want.top_k, dim=0).indices
             count = (chosen // want.top_k == rank).sum(0)
-        return cls(done, target_T, vocab_start, count)
+        share = want.reference_share
+        return cls(done, target_T, vocab_start, count, reference_share=share)
 
     def set_upstream(self, log_prob, entropy, entropy_top, sum_sq_prob, kl) -> None:
         """Upstream gradients [T] of each statistic, None where there is none."""
@@ -68,7 +71,11 @@ class LogitGradient:
         if vocab == 0:
             return buffer_TV
         maximum, sum_exp = done.maximum[rows], done.sum_exp[rows]
-        if g_top is not None:  # first: the buffer may be the logits' own storage
+        # First what needs the logits: the buffer may be their own storage.
+        if g_kl is not None:
+            assert reference_TV is not None
+            reference_TV = mixed_reference(logits_TV, reference_TV, self.reference_share)
+        if g_top is not None:
             assert done.top_prob is not None
             top = logits_TV.topk(min(len(done.top_prob), vocab), dim=-1)
         if self.shard_maximum_T is None:

@@ -81,6 +81,7 @@ def vocab_parallel_statistics(
     entropy_top20: bool = False,
     sum_sq_prob: bool = False,
     reference_logits: Tensor | None = None,
+    reference_share: float = 1.0,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
@@ -99,6 +100,8 @@ def vocab_parallel_statistics(
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
         reference_logits: [..., V] per rank, like `logits`: asks for KL(reference ‖ logits).
             Constant.
+        reference_share: η in (0, 1]: the KL's reference is softmax((1 − η)·z + η·z_ref) of the
+            logits z and z_ref, a constant.
         vocab_start: id of this shard's first column. None: equal shards in rank order, as Megatron
             cuts them. For uneven shards: `vocab_shard_start` once at set-up.
         vocab_size: number of real tokens; columns from it on are padding and take no probability
@@ -129,7 +132,8 @@ def vocab_parallel_statistics(
         real = min(max(vocab_size - vocab_start, 0), vocab)
         logits = logits[..., :real]
         reference_logits = None if reference_logits is None else reference_logits[..., :real]
-    want = Wanted(entropy, sum_sq_prob, TOP_K if entropy_top20 else 0, reference_logits is not None)
+    wants_kl, top_k = reference_logits is not None, TOP_K if entropy_top20 else 0
+    want = Wanted(entropy, sum_sq_prob, top_k, wants_kl, reference_share)
     call = Call(want, group, vocab_start, ignore_index, chunk_bytes, overwrite_logits)
     order = _token_order(logits)
     ordered_target = target.permute(order)
@@ -182,8 +186,10 @@ def vocab_parallel_loss(
         logits,
         target,
         group,
+        entropy="entropy" in objective.needs,
         entropy_top20="entropy_top20" in objective.needs,
         sum_sq_prob="sum_sq_prob" in objective.needs,
+        reference_share=objective.reference_share,
         **options,
     )
     fields = {k: v for k, v in stats._asdict().items() if v is not None and k != "is_top1"}

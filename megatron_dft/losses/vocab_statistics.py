@@ -33,12 +33,22 @@ SEARCH_BYTES = 2048  # of a row that the first maximum is looked for in: measure
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which statistics beyond the target's log-probability are computed."""
+    """Which statistics beyond the target's log-probability are computed.
+
+    `reference_share` η in (0, 1]: the KL's reference is softmax((1 − η)·z + η·z_ref) of the logits
+    z and z_ref, ∝ π_θ^(1−η)·π_ref^η, a constant; mixed in the statistics' dtype.
+    """
 
     entropy: bool = False
     sum_sq_prob: bool = False
     top_k: int = 0
     kl: bool = False
+    reference_share: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model has a part in the KL's reference."""
+        return self.kl and self.reference_share < 1.0
 
     def rows(self) -> dict[str, slice]:
         """Where each statistic lies in the C rows."""
@@ -117,6 +127,14 @@ def _shift(logits_TV: Tensor, maximum_T: Tensor, buffer_TV: Tensor) -> Tensor:
     return torch.sub(logits_TV, safe.unsqueeze(-1), out=buffer_TV)
 
 
+def mixed_reference(logits: Tensor, reference: Tensor, share: float) -> Tensor:
+    """(1 − η)·z + η·z_ref in the statistics' dtype, η = `share`; z_ref as it is where η is 1."""
+    if share == 1.0:
+        return reference
+    wide = statistics_dtype(logits)
+    return reference.to(wide).mul(share).add_(logits.to(wide), alpha=1.0 - share)
+
+
 def shard_statistics(
     logits_TV: Tensor,
     target_T: Tensor,
@@ -132,6 +150,8 @@ def shard_statistics(
     """
     tokens, vocab = logits_TV.shape
     rows = want.rows()
+    if reference_TV is not None:  # first: the buffer may be the logits' own storage
+        reference_TV = mixed_reference(logits_TV, reference_TV, want.reference_share)
     out = buffer_TV.new_full((want.count, tokens), 0.0)
     out[rows["top"]] = -torch.inf
     if vocab == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_dft.losses.token_stats import Terms, TokenLoss, TokenStats
 
-_CONSTANT_FIELDS = ("entropy", "entropy_top20", "sum_sq_prob", "reference_log_prob")
+WEIGHT_SOURCES = ("model", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,13 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table: the function, its paper, its parameters and the statistics it needs."""
+    """A row of the table: the function, its paper, its parameters and the statistics it needs.
+
+    `of_prob`: the weight follows from p of the target tokens, so that it may be another model's p.
+    `reference_share`: the parameter that says how much of the KL's reference is the reference
+    model; the rest is the model itself. `per_pair`: the loss is one of pairs of conversations, by
+    whose number its sum is divided.
+    """
 
     function: Callable[..., Terms]
     source: str
@@ -60,6 +66,9 @@ class Entry:
     needs: frozenset[str] = frozenset()
     per_conversation: bool = False
     per_batch: bool = False
+    of_prob: bool = False
+    reference_share: str | None = None
+    per_pair: bool = False
 
 
 class _WeightedTokenLoss(torch.autograd.Function):
@@ -79,16 +88,39 @@ class _WeightedTokenLoss(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """An entry with its parameters bound: call it with a `TokenStats` to get a `TokenLoss`."""
+    """An entry with its parameters bound: call it with a `TokenStats` to get a `TokenLoss`.
+
+    `weight_from`: whose p the weight is a function of, one of WEIGHT_SOURCES (2606.09396).
+    """
 
     name: str
     entry: Entry
     values: Mapping[str, float | str]
+    weight_from: str = "model"
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the optional TokenStats fields that it needs."""
-        return self.entry.needs
+        if self.weight_from == "model":
+            return self.entry.needs
+        return self.entry.needs | {"reference_log_prob"}
+
+    @property
+    def reference_share(self) -> float:
+        """η: KL's reference is softmax((1 − η)·z + η·z_ref), z the model's own logits."""
+        name = self.entry.reference_share
+        return 1.0 if name is None else float(self.values[name])
+
+    @property
+    def settings(self) -> dict[str, float | str]:
+        """All that was chosen: the parameters, and whose p where it is not the model's."""
+        source = {} if self.weight_from == "model" else {"weight_from": self.weight_from}
+        return {**self.values, **source}
+
+    @property
+    def signed(self) -> bool:
+        """Whether it pushes some tokens down: those of bad answers."""
+        return self.entry.per_pair or "reward" in self.needs
 
     @property
     def per_conversation(self) -> bool:
@@ -108,20 +140,13 @@ class Objective:
                 f"--loss {self.name}: needs {', '.join(missing)} of each token, got none; "
                 "give it in TokenStats"
             )
-        supervised = stats.mask.to(torch.bool)
+        clean = stats.supervised_only()
+        log_prob = clean.log_prob
 
         def only_supervised(x: Tensor) -> Tensor:
-            return torch.where(supervised, x, 0.0)
+            return torch.where(clean.mask, x, 0.0)
 
-        log_prob = only_supervised(stats.log_prob.detach())
-        constants: dict[str, Any] = {
-            field: only_supervised(getattr(stats, field).detach().to(log_prob.dtype))
-            for field in _CONSTANT_FIELDS
-            if getattr(stats, field) is not None
-        }
-        kl = None if stats.kl is None else only_supervised(stats.kl)
-        clean = dataclasses.replace(stats, log_prob=log_prob, mask=supervised, kl=kl, **constants)
-        weight, value, extra = self.entry.function(clean, **self.values)
+        weight, value, extra = self._terms_of(clean)
         if stats.full_weight is not None:
             full = stats.full_weight.to(torch.bool)
             weight = torch.where(full, 1.0, weight)
@@ -131,6 +156,14 @@ class Objective:
             # p = 0 has weight 0 and −log p = inf; the limit of p·log p is 0.
             value = torch.where(weight == 0, 0.0, weight * -log_prob)
         return Terms(weight, only_supervised(value), extra)
+
+    def _terms_of(self, clean: TokenStats) -> Terms:
+        if self.weight_from == "model":
+            return self.entry.function(clean, **self.values)
+        assert clean.reference_log_prob is not None
+        seen = dataclasses.replace(clean, log_prob=clean.reference_log_prob)
+        # A value of its own would be another loss's: of this one it is weight × −log p.
+        return self.entry.function(seen, **self.values)._replace(value=None)
 
     def __call__(self, stats: TokenStats) -> TokenLoss:
         """Per-token loss and weight, both of log_prob's shape."""

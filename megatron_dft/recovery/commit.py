@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
-from megatron_dft.recovery import manifest
+from megatron_dft.recovery import manifest, written_hashes
 from megatron_dft.storage import lock
 from megatron_dft.storage.files import write_whole
 
@@ -57,11 +57,13 @@ def clear(directory: Path) -> None:
 
 
 def commit(directory: Path, run: dict[str, Any]) -> None:
-    """Hash the files of a finished save and write the manifest. Collective.
+    """Hash the files of a finished save, but for those that its writers hashed, and write the
+    manifest. Collective.
 
     Raises RuntimeError where a file is gone that the checkpoint's own index names.
     """
-    mine = manifest.describe_files(directory, _rank(), dist.get_world_size())
+    known = written_hashes.take(directory, _rank())
+    mine = manifest.describe_files(directory, _rank(), dist.get_world_size(), known)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
 
@@ -155,6 +157,8 @@ def install(run: Callable[[], dict[str, Any]], keep: int | None) -> None:
             if request is None:
                 commit(directory, run())
             else:
+                ranks = _rank(), dist.get_world_size()
+                request = written_hashes.in_the_background(request, directory, *ranks)
                 content = run()  # the finalizer runs when training has gone on
                 request.finalize_fns.append(lambda: commit(directory, content))
             return request

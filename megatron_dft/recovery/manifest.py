@@ -9,7 +9,7 @@ everything.
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_dft.storage.torch_dist import TRACKER as TRACKER
 from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
 FILE_NAME = "megatron_dft.json"
+HASHES = ".megatron_dft_hashes_"  # and a rank; written_hashes.py
 _AT_ONCE = 4  # files
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 _WRITTEN_BY = re.compile(r"__(\d+)_")
@@ -40,23 +41,27 @@ def _digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def describe_files(directory: Path, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
-    """name → bytes and sha256 of the files that `rank` answers for.
+def describe_files(
+    directory: Path, rank: int, world_size: int, known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """name → bytes and sha256 of the files that `rank` answers for. known: those of its writer.
 
     torch_dist names a file after the rank that wrote it, whose page cache still holds it; rank 0
     takes the files without such a name.
     """
-    mine = []
+    mine, known = [], known or {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != FILE_NAME:
+        ours = path.name == FILE_NAME or path.name.startswith(HASHES)
+        if path.is_file() and not ours:
             match = _WRITTEN_BY.match(path.name)
             writer = int(match[1]) % world_size if match else 0
             if writer == rank:
                 mine.append(path)
     # At once: training waits for them, and neither fsync nor SHA-256 holds the interpreter.
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        found = threads.map(_digest, mine)
-        return {str(p.relative_to(directory)): d for p, d in zip(mine, found, strict=True)}
+        names = [str(path.relative_to(directory)) for path in mine]
+        found = threads.map(lambda n, p: known.get(n) or _digest(p), names, mine)
+        return dict(zip(names, found, strict=True))
 
 
 def named_files(directory: Path) -> set[str]:

@@ -82,7 +82,9 @@ class MicroBatch:
     token_kinds         uint8 [b, s], bits of data/spec.py: what ends a turn, what the chat template
                         wrote; None where the data does not say
     token_weights       fp32 [b, s], above 0 where loss_mask is 1: the data's factors on the tokens'
-                        losses, times lookahead.weight_factor(); None where the data has none
+                        losses, times lookahead.weight_factor(); None where the data has none, or
+                        where they are rewards
+    reward              fp32 [b, s], of either sign, for an objective that asks for it
     source_ids          int16 [b, s], which item of --train-data, −1 in padding; None for one item
     full_weight         bool [b, s], tokens of weight 1 (--dft-full-weight); None where none are
     packing             for packed rows
@@ -102,6 +104,7 @@ class MicroBatch:
     reference_log_prob: Tensor | None = None
     token_kinds: Tensor | None = None
     token_weights: Tensor | None = None
+    reward: Tensor | None = None
     source_ids: Tensor | None = None
     full_weight: Tensor | None = None
     packing: Packing | None = None
@@ -127,6 +130,8 @@ class MicroBatch:
         stats: dict[str, Any] = {"context_parallel_group": mpu.get_context_parallel_group()}
         if self.reference_log_prob is not None:
             stats["reference_log_prob"] = self.reference_log_prob
+        if self.reward is not None:
+            stats["reward"] = self.reward
         if self.full_weight is not None:
             stats["full_weight"] = self.full_weight
         if self.packing is not None:
@@ -165,6 +170,8 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], training: bool) -> Mic
         _note_first_rows(raw)
     names = _PER_TOKEN + (_OF_EXPERTS if get_args().num_experts else ())
     per_token = {name: raw[name] for name in names if name in raw}
+    if "reward" in settings().objective.needs:  # all of them 1 where the data has no weights
+        per_token["reward"] = per_token.pop("token_weights", per_token["loss_mask"])
     if settings().full_weight:
         per_token["full_weight"] = (per_token["token_kinds"] & settings().full_weight) != 0
     # All of this is on the host, and so are the indices: reading one of the device would wait for

@@ -38,7 +38,9 @@ def dense_gradient(
     log_prob = log_probs.gather(-1, torch.where(supervised, batch.labels, 0)[..., None]).squeeze(-1)
     kl = None
     if reference_bsV is not None:
-        base = reference_bsV.double().log_softmax(-1)
+        share = objective.reference_share
+        base = (1.0 - share) * logits.detach() + share * reference_bsV.double()
+        base = base.log_softmax(-1)
         kl = (base.exp() * (base - log_probs)).sum(-1)
     stats = TokenStats(
         log_prob.detach(), supervised, kl=kl, **_conversations(batch), **_distribution(log_probs)

@@ -89,6 +89,7 @@ class LogitsProbe:
             labels,
             self._model.pg_collection.tp,
             reference_logits=self.reference_logits,
+            reference_share=self._objective.reference_share,
             **self._wanted,
         )
 
@@ -120,6 +121,7 @@ class LogitsProbe:
             reference_logits=reference.transpose(0, 1)
             if training and reference is not None
             else None,
+            reference_share=self._objective.reference_share,
             **(self._wanted if training else {}),
         )
         found = {"correct": seen.is_top1.transpose(0, 1)}

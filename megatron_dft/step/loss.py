@@ -6,6 +6,7 @@ Shapes, per rank: b micro-batch, s = seq_length / context-parallel size.
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
+from megatron_dft.losses.pairs import pair_figures
 from megatron_dft.losses.registry import Objective
 from megatron_dft.losses.report import CROSS_ENTROPY, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
@@ -64,7 +66,8 @@ def loss_func(
         model: the (wrapped) model chunk, with its LogitsProbe.
 
     Returns: the contract of Megatron's schedules (core/pipeline_parallel/schedules.py,
-    forward_step_calc_loss): loss, int32 token count, name → [sum, count].
+    forward_step_calc_loss): loss, int32 token count, name → [sum, count]. Of an objective of pairs
+    their number is in the tokens' place: Megatron divides the gradient by the sum of them.
     """
     found = unwrap_model(model).dft_probe.take()
     correct = found.pop("correct", None)
@@ -82,14 +85,30 @@ def loss_func(
     figures = (cross_entropy, per_token, weight, batch.loss_mask, *compared)
     items = SOURCES if batch.training else VALID_SOURCES
     sources = None if batch.source_ids is None else (batch.source_ids, items)
+    count = batch.loss_mask.sum().to(torch.int)
     if not batch.training:
-        report = loss_report(None, *figures, sources=sources)
-        return loss, batch.loss_mask.sum().to(torch.int), report
-    names, sums = token_figures(settings().objective.name, *figures, sources=sources)
+        return loss, count, loss_report(None, *figures, sources=sources)
+    objective, pairs = settings().objective, None
+    if objective.entry.per_pair:
+        pairs = _pairs(batch, cross_entropy, objective)
+        count = pairs[1].to(torch.int)
+    names, sums = token_figures(objective.name, *figures, sources=sources, pairs=pairs)
     FIGURES.add(names, sums)
     # Megatron reduces each key of the report over all ranks in each step: this one alone is given.
     report = {CROSS_ENTROPY: sums[[names.index(CROSS_ENTROPY), -1]]}
-    return loss, batch.loss_mask.sum().to(torch.int), report
+    return loss, count, report
+
+
+def _pairs(
+    batch: MicroBatch, cross_entropy: Tensor, objective: Objective
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(name → sum over the pairs, their number), 0 on all but the first context-parallel rank:
+    each knows every pair, and Megatron adds up what they say."""
+    stats = TokenStats(-cross_entropy.detach(), batch.loss_mask, **batch.token_stats())
+    sums, number = pair_figures(stats, **objective.values)
+    if mpu.get_context_parallel_rank() > 0:
+        return {name: torch.zeros_like(value) for name, value in sums.items()}, number * 0
+    return sums, number
 
 
 def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:

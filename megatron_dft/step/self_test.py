@@ -92,6 +92,7 @@ def _batch(test: SelfTest, vocab_size: int, device: torch.device) -> tuple[Micro
         labels=torch.where(mask.bool(), labels, -100).to(device),
         loss_mask=mask.to(device),
         position_ids=torch.arange(shape[1]).expand(shape).to(device),
+        reward=torch.linspace(-1.5, 1.0, tokens).view(shape).to(device),
         packing=packing,
         training=True,
         whole_gradient=True,

@@ -1,6 +1,7 @@
 """The data sets of a run, in the form that Megatron's loop asks for them."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from megatron.training import get_args
 
 from megatron_dft import terminal
 from megatron_dft.data import repeats
-from megatron_dft.data.dataset import ChatDataset, build_dataset
+from megatron_dft.data.dataset import ChatDataset, build_dataset, check_rows
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.spec import RowKind
 from megatron_dft.data.tokenizer import load_tokenizer
 from megatron_dft.flags import evaluation, schedule
 from megatron_dft.flags.data import cache_directory, dataset_options
@@ -24,31 +26,59 @@ def build(
     args: Any, flag: str, num_samples: int | None, shuffle: bool, progress: bool = False
 ) -> ChatDataset:
     """The data set of --train-data, --valid-data or --valid-share (`flag`)."""
+    options = _options(args, flag, shuffle)
+    options = dataclasses.replace(options, num_samples=num_samples, progress=progress)
+    return build_dataset(_items(args, flag), _tokenizer(args), options)
+
+
+def _items(args: Any, flag: str) -> Any:
+    return args.valid_data if flag == "--valid-data" else args.train_data
+
+
+def _tokenizer(args: Any) -> Any:
     checkpoint = settings().checkpoint
     assert checkpoint is not None
-    tokenizer = load_tokenizer(
+    return load_tokenizer(
         checkpoint.path, args.chat_template, trust_remote_code=args.trust_remote_code
     )
+
+
+def _options(args: Any, flag: str, shuffle: bool) -> DatasetOptions:
     context = args.context_parallel_size
     options = dataset_options(args) | {"cache_dir": cache_directory(args)}
-    return build_dataset(
-        args.valid_data if flag == "--valid-data" else args.train_data,
-        tokenizer,
-        DatasetOptions(
-            seq_length=args.seq_length,
-            num_samples=num_samples,
-            seed=args.seed,
-            pad_multiple=2 * context if context > 1 else 1,
-            shuffle=shuffle,
-            batch_multiple=1 if shuffle else args.eval_global_batch_size,
-            progress=progress,
-            flag=flag,
-            reference_scores=settings().reference_scores if flag == "--train-data" else None,
-            vocab_size=settings().vocab_size,
-            held_out_part=flag == "--valid-share",
-            **(options if shuffle else options | {"in_order": False}),
-        ),
+    return DatasetOptions(
+        seq_length=args.seq_length,
+        seed=args.seed,
+        pad_multiple=2 * context if context > 1 else 1,
+        shuffle=shuffle,
+        batch_multiple=1 if shuffle else args.eval_global_batch_size,
+        flag=flag,
+        reference_scores=settings().reference_scores if flag == "--train-data" else None,
+        vocab_size=settings().vocab_size,
+        held_out_part=flag == "--valid-share",
+        **(options | _of_validation(flag, shuffle)),
     )
+
+
+def check_first_rows(args: Any, rows: int) -> None:
+    """What `prepare` refuses of the first `rows` rows of each item; nothing is cached."""
+    flags = ["--train-data"] if args.train_data and not args.skip_train else []
+    flags += ["--valid-data"] if args.valid_data else []
+    for flag in flags:
+        options = _options(args, flag, shuffle=flag == "--train-data")
+        options = dataclasses.replace(
+            options,
+            max_samples=min(rows, options.max_samples or rows),
+            cache_dir=None,
+            max_bad_rows=float("inf"),  # a share of all rows is not known of the first
+        )
+        check_rows(_items(args, flag), _tokenizer(args), options)
+
+
+def _of_validation(flag: str, shuffle: bool) -> dict[str, Any]:
+    """What evaluation does not take from training's rows: their order, and what they are."""
+    rows = {"rows": RowKind()} if flag == "--valid-data" else {}
+    return rows if shuffle else {**rows, "in_order": False}
 
 
 def prepare(args: Any) -> None:
@@ -119,9 +149,7 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
         _guard_resume(args, train)
         trained_chat.record(args, train)
         SOURCES[:] = train.sources
-        counted = [f"{n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n]
-        said = ", ".join([f"{train.rows_per_pass} rows an epoch", *counted, repeats.said(train)])
-        terminal.say_once(f"> training data: {said}")
+        terminal.say_once(f"> {_trains(train)}")
         for line in repeats.warnings(train):
             if args.rank == 0:
                 terminal.warn(f"warning: {line}")
@@ -143,6 +171,26 @@ def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | 
 
 
 # Every rank builds the data sets itself: they are the same pure function of the flags everywhere.
+def figures(args: Any) -> list[str]:
+    """What a run of these flags would train and evaluate on, a line each; after `settle`."""
+    lines = []
+    if args.train_data and not args.skip_train:
+        samples = args.train_samples or args.train_iters * args.global_batch_size
+        train = build(args, "--train-data", samples, shuffle=True)
+        lines += [f"{args.train_iters or samples} {'steps' if args.train_iters else 'samples'}"]
+        lines += [_trains(train), *(f"warning: {line}" for line in repeats.warnings(train))]
+    if (flag := evaluation.data_flag(args)) is not None:
+        valid = build(args, flag, None, shuffle=False)
+        lines += [_evaluates(args, flag, valid.rows_per_pass)]
+    return lines
+
+
+def _trains(train: ChatDataset) -> str:
+    counted = [f"{n} {name.replace('_', ' ')}" for name, n in train.counts.items() if n]
+    parts = [f"{train.rows_per_pass} rows an epoch", *counted, repeats.said(train)]
+    return f"training data: {', '.join(parts)}"
+
+
 def _evaluates(args: Any, flag: str, rows: int) -> str:
     read = min(args.eval_iters * args.eval_global_batch_size, rows)
     part = "whole" if read == rows else f"{read} rows at a time"

@@ -26,7 +26,9 @@ _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "torch_dtype", "dtype
 def run_identity() -> dict[str, Any]:
     """JSON values by the names that --allow-change takes; the same on every rank."""
     chosen = settings()
-    identity: dict[str, Any] = {"loss": {"name": chosen.objective.name, **chosen.objective.values}}
+    identity: dict[str, Any] = {
+        "loss": {"name": chosen.objective.name, **chosen.objective.settings}
+    }
     if chosen.full_weight:  # absent where none do, as in what earlier runs have recorded
         identity["loss"]["full_weight"] = chosen.full_weight
     if chosen.weighs_normalizer:

@@ -63,7 +63,9 @@ class Output:
 
     def finish(self) -> None:
         """The export at the end of training, and whether the model has learnt to stop."""
-        warning = self.ends.warning(settings().objective.name, self.args.dft_full_weight)
+        objective, warning = settings().objective, None
+        if not objective.signed:  # else the ends of bad answers, which are to fade, are among them
+            warning = self.ends.warning(objective.name, self.args.dft_full_weight)
         if warning is not None and dist.get_rank() == dist.get_world_size() - 1:
             terminal.say(f"> warning: {warning}")
         if self.args.save_hf is not None:
@@ -148,7 +150,7 @@ class Output:
         return model_card(
             checkpoint,
             objective=objective.name,
-            parameters={**objective.values, **chosen},
+            parameters={**objective.settings, **chosen},
             data={name: _content(name) for name in self.args.train_data or ()},
             metrics=metrics,
             command=_command(self.args, checkpoint),
@@ -159,8 +161,10 @@ class Output:
 def _command(args: Any, checkpoint: HFCheckpoint) -> str:
     """The launch of this run as a shell takes it elsewhere: no key in it, no path of this one."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    nodes = ["--nnodes", str(args.world_size // here)] if args.world_size > here else []
-    launch = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "megatron_dft.train"]
+    launch = ["megatron-dft", "train", "--nproc-per-node", str(here)]
+    if args.world_size > here:
+        nodes = ["--nnodes", str(args.world_size // here), "--nproc-per-node", str(here)]
+        launch = ["torchrun", *nodes, "-m", "megatron_dft.train"]
     base = args.hf_base_model or hub_name(checkpoint)[0]
     words = portable(sys.argv[1:], {checkpoint.name: base} if base else None)
     return masked_line([*launch, *words])

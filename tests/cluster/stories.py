@@ -100,7 +100,8 @@ def _interrupted(stories: Stories) -> Told:
 
 
 def _other_layout(stories: Stories) -> Told:
-    """Its checkpoints at PP 2, the newest with one flipped byte, the tracker garbage."""
+    """Its checkpoints at PP 2, the newest with one flipped byte, the tracker garbage; srun starts
+    the ranks."""
     before = stories["interrupted"].job
     run_dir = stories.directory / "other"
     shutil.copytree(before.run_dir / "checkpoints", run_dir / "checkpoints")
@@ -110,7 +111,7 @@ def _other_layout(stories: Stories) -> Told:
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     layout = TP2_DP2 | dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=2)
-    job = stories.submit("other", 1, 2, **layout)
+    job = stories.submit("other", 1, 2, settings={"LAUNCHER": "srun"}, **layout)
     return Told(job=job, end=job.ended())
 
 

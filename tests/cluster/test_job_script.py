@@ -16,7 +16,7 @@ STANDINS = {
     "srun": 'printf "%s\\n" "$*" >>"$STUBS/srun"; exec bash "${@: -1}"',
     # Training: what it is given, and the word that $ENDS names.
     "python": 'printf "%s\\n" "$@" >"$STUBS/argv"; env >"$STUBS/env"; [ "$ENDS" = died ] || '
-    'echo "$ENDS 3" >"$MEGATRON_DFT_STATUS"',
+    '[ -z "$MEGATRON_DFT_STATUS" ] || echo "$ENDS 3" >"$MEGATRON_DFT_STATUS"',
 }
 
 
@@ -39,7 +39,7 @@ class Job:
         text = f"#!/bin/bash\necho -n {squeue!r}\nexit {status}\n"
         (self.stubs / "squeue").write_text(text)
 
-    def run(self, *flags, script="slurm/finetune.sbatch", ends="finished", **env):
+    def run(self, *flags, script="slurm/finetune.sbatch", ends="finished", cwd=None, **env):
         values = {
             "PATH": f"{self.stubs}:{os.environ['PATH']}",
             "HOME": str(self.stubs),
@@ -61,6 +61,7 @@ class Job:
             env={k: v for k, v in values.items() if v is not None},
             capture_output=True,
             text=True,
+            cwd=cwd,
         )
 
     def read(self, name: str) -> str:
@@ -248,3 +249,24 @@ def test_caches_of_compiled_code_have_no_predictable_name(job, tmp_path):
         parent = Path(env[name]).parent
         assert parent.parent == tmp_path and parent.stat().st_mode & 0o777 == 0o700
     assert "/tmp/" not in (ROOT / "examples/slurm/environment.sh").read_text()
+
+
+@pytest.mark.parametrize("script", ["slurm/finetune.sbatch", "local.sh"])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_relative_paths_are_those_of_where_the_command_was_given(script, dry, job, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("a.jsonl", "v.csv", "model"):
+        (here / name).touch()
+    given = (
+        "--train-data 0.5,cap=3:a.jsonl 0.5:org/name --valid-data=v.csv --hf-model model".split()
+    )
+    job_id = None if script == "local.sh" else "42"
+    ended = job.run(*dry, *given, "--tensorboard-dir", "tb", script=script, cwd=here,
+                    SLURM_JOB_ID=job_id)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    words = (job.stubs / "argv").read_text().splitlines()
+    for word in (f"0.5,cap=3:{here}/a.jsonl", "0.5:org/name", f"--valid-data={here}/v.csv",
+                 f"{here}/model", f"{here}/tb"):  # fmt: skip
+        assert word in words, word
+    assert ("--dry-run" in words) == bool(dry)

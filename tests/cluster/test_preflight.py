@@ -8,16 +8,19 @@ import pytest
 from megatron_dft.cluster import node_checks
 from megatron_dft.commands.preflight import judge
 from tests.ranks import free_port, run_ranks
+from tests.train.launch import flags
 
 
-def _node(words, other_torch):
+def _node(words, fault):
     import os
 
     from megatron_dft import cli
 
-    if other_torch and os.environ["RANK"] == "1":
+    if os.environ["RANK"] == "1" and fault == "torch":
         plain = node_checks.versions
         node_checks.versions = lambda: plain() | {"torch": "2.0"}
+    if os.environ["RANK"] == "1" and fault == "file":
+        node_checks.unreadable = lambda training: ["--train-data: x cannot be read"]
     node_checks.socket.gethostname = lambda: f"node{os.environ['RANK']}"
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -25,30 +28,53 @@ def _node(words, other_torch):
     return status, said.getvalue()
 
 
-def preflight(tmp_path, *training, other_torch=False, nodes=2):
+def preflight(tmp_path, *training, fault=None, nodes=2, more=("--nodes-only",)):
     words = ["--run-dir", str(tmp_path), "--master-port", str(free_port()), "--procs-per-node", "2"]
-    words += ["--need-gb", "0.001", "--", "--device", "cpu", *training]
-    results = run_ranks(_node, nodes, words, other_torch, init=False)
+    words += ["--need-gb", "0.001", *more, "--", "--device", "cpu", *training]
+    results = run_ranks(_node, nodes, words, fault, init=False)
     assert not list(tmp_path.glob(".preflight*"))
     return [status for status, _ in results], results[0][1]
 
 
-def test_good_nodes_pass(tmp_path):
-    (tmp_path / "x.jsonl").write_text("{}")
-    status, table = preflight(tmp_path, "--train-data", str(tmp_path / "x.jsonl"))
-    assert status == [0, 0]
+def test_good_nodes_pass(tmp_path, tiny_model, chats):
+    """2 nodes of 2 ranks: the training command's own checks see four ranks."""
+    training = flags(tiny_model, chats, tensor_model_parallel_size=4, micro_batch_size=1)
+    status, table = preflight(tmp_path, *training, more=())
+    assert status == [0, 0], table
     rows = [line.split() for line in table.splitlines()]
     assert [(row[0], row[-1]) for row in rows[1:3]] == [("node0", "ok"), ("node1", "ok")]
     assert "all-reduce between the nodes" in table and "bad nodes" not in table
 
 
 def test_bad_nodes_are_named(tmp_path):
-    status, table = preflight(tmp_path, other_torch=True, nodes=3)
+    status, table = preflight(tmp_path, fault="torch", nodes=3)
     assert status == [1, 1, 1]
     assert "torch 2.0, the others have" in table
     assert "sbatch --exclude node1)" in table
+    status, table = preflight(tmp_path, fault="file")
+    assert status == [1, 1] and "sbatch --exclude node1)" in table
+    assert table.count("--train-data: x cannot be read") == 1
+
+
+def test_a_path_that_no_node_can_read_is_the_jobs_fault(tmp_path):
     status, table = preflight(tmp_path, "--train-data", str(tmp_path / "absent.jsonl"))
-    assert status == [1, 1] and table.count("absent.jsonl cannot be read") == 2
+    assert status == [2, 2] and "bad nodes" not in table
+    assert table.splitlines()[-1] == (
+        f"error: --train-data: {tmp_path}/absent.jsonl cannot be read on any node (the job's "
+        "fault, no node's)"
+    )
+
+
+def test_what_training_would_refuse_is_refused(tmp_path, tiny_model, chats):
+    training = flags(tiny_model, chats, tensor_model_parallel_size=3)
+    status, table = preflight(tmp_path, *training, more=())
+    assert status == [2, 2] and "bad nodes" not in table
+    assert "error: --tensor-model-parallel-size 3" in table and "number of ranks, got 4" in table
+
+
+def test_names_of_the_hub_are_no_paths(tmp_path):
+    words = ["--train-data", "0.5:org/name", "0.5:org/name@train", "--hf-model", "org/model"]
+    assert node_checks.unreadable(words) == []
 
 
 def report(host, clock=0.0):

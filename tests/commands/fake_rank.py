@@ -42,6 +42,10 @@ elif word == "stop":
         time.sleep(0.02)
     note("stopped")
     sys.exit(75)
+elif word == "deaf":
+    signal.signal(signal.SIGINT, lambda *_: note("heard"))
+    note("ready")
+    forever()
 elif word == "orphan":
     (directory / f"pid-{rank}").write_text(str(os.getpid()))
     note("ready")

@@ -75,6 +75,17 @@ def test_a_signal_reaches_every_rank(tmp_path):
     assert (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists()
 
 
+def test_a_second_interrupt_ends_ranks_that_do_not_hear_the_first(tmp_path):
+    process = start("deaf", tmp_path, "--nproc-per-node", "2")
+    until([tmp_path / "ready-0", tmp_path / "ready-1"])
+    process.send_signal(signal.SIGINT)
+    until([tmp_path / "heard-0", tmp_path / "heard-1"])
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path):
     process = start("orphan", tmp_path, "--nproc-per-node", "2")
     until([tmp_path / "ready-0", tmp_path / "ready-1"])
@@ -104,6 +115,7 @@ def test_a_number_of_ranks_that_cannot_be(tmp_path, words, environment, said):
 
 
 def test_the_flag_is_taken_out_of_the_words():
-    assert launcher.take_count(["--a", "--nproc-per-node", "4", "b"]) == ("4", ["--a", "b"])
-    assert launcher.take_count(["--nproc_per_node=gpu"]) == ("gpu", [])
-    assert launcher.take_count(["--a"]) == (None, ["--a"])
+    flag = launcher.FLAG
+    assert launcher.take(flag, ["--a", "--nproc-per-node", "4", "b"]) == ("4", ["--a", "b"])
+    assert launcher.take(flag, ["--nproc_per_node=gpu"]) == ("gpu", [])
+    assert launcher.take(flag, ["--a"]) == (None, ["--a"])

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.spec import RowKind
 from megatron_dft.flags import data as flags
 
 
@@ -30,7 +31,7 @@ def test_the_flags_are_options_of_a_data_set(tmp_path, monkeypatch):
         data_format="alpaca", template_args={"enable_thinking": False},
         template_date="2024-07-26", rewrites="refuse", workers=2,
         drops="warn", valid_share=0.0, mask_history=True, max_samples=5, in_order=True,
-        columns=(("instruction", "question"), ("output", "answer")),
+        columns=(("instruction", "question"), ("output", "answer")), rows=RowKind(),
     )  # fmt: skip
     assert set(options) <= {field.name for field in dataclasses.fields(DatasetOptions)}
     assert args.train_data == ["0.5:a.jsonl", "2:b.parquet"]
@@ -71,6 +72,34 @@ def test_values_that_mean_nothing_are_refused(words, fault):
 def test_a_limit_without_skip_is_refused():
     with pytest.raises(ValueError, match="--max-bad-rows 3 has no meaning with --data-errors str"):
         flags.dataset_options(_parse("--max-bad-rows", "3"))
+
+
+def _of_loss(loss, *words):
+    args = _parse(*words)
+    args.loss = loss
+    return flags.dataset_options(args)["rows"]
+
+
+def test_the_loss_says_what_rows_are():
+    assert _of_loss("dft") == RowKind() and _of_loss("dpo") == RowKind("pairs")
+    assert _of_loss("dft", "--reward-weights") == RowKind("weighted")
+    assert _of_loss("rift") == RowKind("rewarded", -0.2)
+    assert _of_loss("rift", "--wrong-reward", "0") == RowKind("rewarded", 0.0)
+
+
+@pytest.mark.parametrize(
+    "loss, words, fault",
+    [
+        ("dpo", ("--reward-weights",), "--reward-weights: has no meaning under --loss dpo"),
+        ("rift", ("--reward-weights",), "--reward-weights: has no meaning under --loss rift"),
+        ("dft", ("--wrong-reward", "-1"), "--wrong-reward: belongs to --loss rift, got --loss dft"),
+        ("rift", ("--wrong-reward", "0.5"), "--wrong-reward: expected at most 0, got 0.5"),
+        ("rift", ("--wrong-reward", "nan"), "--wrong-reward: expected at most 0, got nan"),
+    ],
+)
+def test_rewards_that_mean_nothing_are_refused(loss, words, fault):
+    with pytest.raises(ValueError, match=fault):
+        _of_loss(loss, *words)
 
 
 def test_a_parser_that_knows_chat_template_keeps_its_own():

@@ -28,6 +28,7 @@ def _args(**given):
         "no_packing": True,
         "require_fused_attention": False,
         "use_cpu_initialization": False,
+        "async_save": False,
         "sequence_parallel": False,
         "context_parallel_size": 1,
         "moe_grouped_gemm": False,

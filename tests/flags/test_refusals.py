@@ -24,6 +24,14 @@ CASES = {
         ["--normalization", "RMSNorm", "got LayerNorm"],
     ),
     "no data": (dict(train_data=None), ["--train-data"]),
+    "a save that is not asynchronous": (
+        dict(save="/tmp/none", async_save=True),
+        ["--async-save", "--use-persistent-ckpt-worker"],
+    ),
+    "a writer process on a CPU": (
+        dict(save="/tmp/none", async_save=True, use_persistent_ckpt_worker=True),
+        ["--async-save", "needs CUDA", "drop it"],
+    ),
     "no steps": (dict(train_iters=None), ["--train-iters"]),
     "two lengths": (dict(train_epochs=2), ["--train-epochs 2", "--train-iters 5", "drop one"]),
     "no epoch": (dict(train_iters=None, train_epochs=0), ["--train-epochs", "above 0"]),
@@ -113,6 +121,16 @@ CASES = {
     "full weight where all have it": (
         dict(loss="sft", dft_full_weight="end"),
         ["--dft-full-weight end", "--loss sft"],
+    ),
+    "full weight of bad answers": (
+        dict(loss="rift", dft_full_weight="end"),
+        ["--dft-full-weight end", "--loss rift"],
+    ),
+    "pairs and a KL": (dict(loss="dpo", kl_coeff=0.1), ["--kl-coeff", "--loss dpo"]),
+    "pairs that share no row": (dict(loss="dpo"), ["--no-packing", "pair"]),
+    "a reference for a weight that is none of p": (
+        dict(loss="eaft", dft_weight_from="reference"),
+        ["--dft-weight-from reference", "--loss eaft"],
     ),
     "packed micro-batches": (dict(no_packing=None), ["--micro-batch-size", "--no-packing"]),
     "batch that does not divide": (

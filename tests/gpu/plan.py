@@ -141,6 +141,9 @@ PARITY = [
     Run("mtp-chunk-fused", flags=dict(CHUNK, mtp_num_layers=1, no_packing=True), like="mtp"),
     Run("save-gpu", flags=dict(ALL, save="WORK/ck/gpu")),
     Run("resume-on-cpu", flags=dict(CPU, load="WORK/ck/gpu"), after=("save-gpu",), like="cpu"),
+    Run("save-async", flags=dict(ALL, save="WORK/ck/async", async_save=True,
+                                 use_persistent_ckpt_worker=True, async_strategy="mcore")),
+    Run("resume-async", flags=dict(load="WORK/ck/async"), after=("save-async",), like="cpu"),
     Run("save-cpu", flags=dict(CPU, **ALL, save="WORK/ck/cpu")),
     Run("resume-on-gpu", flags=dict(load="WORK/ck/cpu"), after=("save-cpu",), like="cpu"),
 ]  # fmt: skip

@@ -62,7 +62,10 @@ def test_a_card_has_the_base_and_no_path(tmp_path):
 
 @pytest.mark.parametrize(
     ("world", "local", "launch"),
-    [(1, "1", "--nproc-per-node 1"), (16, "8", "--nnodes 2 --nproc-per-node 8")],
+    [
+        (4, "4", "megatron-dft train --nproc-per-node 4"),
+        (16, "8", "torchrun --nnodes 2 --nproc-per-node 8 -m megatron_dft.train"),
+    ],
 )
 def test_the_command_of_a_card_is_one_to_run(tmp_path, monkeypatch, world, local, launch):
     model = tmp_path / "models--org--m" / "snapshots" / "c0ffee"
@@ -71,7 +74,7 @@ def test_the_command_of_a_card_is_one_to_run(tmp_path, monkeypatch, world, local
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     args = SimpleNamespace(world_size=world, hf_base_model=None)
     command = output._command(args, base(model))
-    start = shlex.split(f"torchrun {launch} -m megatron_dft.train")
+    start = shlex.split(launch)
     rest = ["--hf-model", "org/m", "--train-data", "my rows.jsonl", "--wandb-api-key", "***"]
     assert shlex.split(command) == start + rest
 

@@ -9,7 +9,7 @@ from megatron_dft.losses.linear_head import linear_head_loss
 from megatron_dft.losses.report import END_PROB, StepFigures, loss_report, token_figures
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_parallel import vocab_parallel_loss
-from tests.losses.reference import PARAMETERS, dense_loss, relative_error
+from tests.losses.reference import HAS_KL, PARAMETERS, dense_loss, relative_error, rewards
 from tests.ranks import run_ranks
 
 ROWS, SEQUENCE, HIDDEN, VOCAB = 2, 12, 16, 32
@@ -42,7 +42,7 @@ def exact(name: str, case: dict) -> tuple:
         name, logits, flat["labels"], flat["mask"], flat["segments"], case["reference"]
     )
     full = -log_p
-    if name == "asft":
+    if name.startswith("asft"):
         log_probs, log_ref = logits.log_softmax(-1), case["reference"].log_softmax(-1)
         kl = (log_ref.exp() * (log_ref - log_probs)).sum(-1)
         full = full + PARAMETERS[name]["kl_weight"] * kl
@@ -53,7 +53,11 @@ def exact(name: str, case: dict) -> tuple:
 
 def stats_of(case: dict, full: bool = True) -> dict:
     log_ref = case["reference"].log_softmax(-1).gather(1, case["labels"].reshape(-1, 1))
-    stats = {"segment_ids": case["segments"], "reference_log_prob": log_ref.view(SHAPE)}
+    stats = {
+        "segment_ids": case["segments"],
+        "reference_log_prob": log_ref.view(SHAPE),
+        "reward": rewards(case["segments"]),
+    }
     return stats | ({"full_weight": case["full"]} if full else {})
 
 
@@ -81,7 +85,7 @@ def test_from_logits(name):
         None,
         objective_of(name),
         token_stats=stats,
-        **(options if name == "asft" else {}),
+        **(options if name in HAS_KL else {}),
     )
     found.loss.backward(case["upstream"])
     judge(name, (found.loss.detach(), hidden.grad, weight.grad), exact(name, case))
@@ -101,13 +105,15 @@ def from_hidden(name: str, case: dict, group, design: str, full: bool = True) ->
     return out.loss.detach(), hidden.grad, weight.grad
 
 
-HEAD = [n for n in PARAMETERS if n != "asft"]
+HEAD = [n for n in PARAMETERS if n not in HAS_KL]
 
 
 @pytest.mark.parametrize("name", HEAD)
 def test_from_hidden_states(name):
     case = make_case()
-    designs = ["recompute"] + (["forward"] if objective_of(name).per_token else [])
+    objective = objective_of(name)
+    serves = objective.per_token and "entropy" not in objective.needs
+    designs = ["recompute"] + (["forward"] if serves else [])
     for design in designs:
         judge(name, from_hidden(name, case, None, design), exact(name, case))
 

@@ -7,10 +7,9 @@ import torch.distributed as dist
 from megatron_dft.losses import registry
 from megatron_dft.losses.linear_head import linear_head_loss
 from tests.losses.interpreted import run_kernels
-from tests.losses.reference import relative_error
+from tests.losses.reference import KINDS, relative_error
 from tests.losses.test_linear_head import (
     BATCH,
-    OBJECTIVES,
     PADDED,
     SEQUENCE,
     VOCAB,
@@ -41,7 +40,7 @@ def test_every_objective_equals_the_dense_float64_one(world_size):
             world_size > 1 and seed % 2 == 1,
             list(MEMORY.values())[seed // 2 % 2],
         )
-        for seed, name in enumerate(OBJECTIVES)
+        for seed, name in enumerate(KINDS)
     ]
     ranks = run_kernels(_objectives, world_size, runs)
     for i, (name, case, sequence_parallel, _) in enumerate(runs):

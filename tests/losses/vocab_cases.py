@@ -11,7 +11,7 @@ from megatron_dft.losses.vocab_parallel import (
     vocab_parallel_statistics,
     vocab_shard_start,
 )
-from tests.losses.reference import PARAMETERS, dense_loss, entropy_of_top
+from tests.losses.reference import PARAMETERS, dense_loss, entropy_of_top, rewards
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -66,7 +66,11 @@ def ours(name: str, case: dict, group, **options) -> tuple:
         case["target"],
         group,
         objective,
-        token_stats={"segment_ids": case["segments"], "reference_log_prob": log_ref.float()},
+        token_stats={
+            "segment_ids": case["segments"],
+            "reference_log_prob": log_ref.float(),
+            "reward": rewards(case["segments"]).float(),
+        },
         **options,
     )
     loss.backward(case["upstream"])

@@ -10,6 +10,8 @@ VOCABULARY, HIDDEN = 300, 32
 CASES = {name: (name, {}, 0.0) for name in registry.OBJECTIVES} | {
     "iw-sft by conversation": ("iw-sft", dict(level="sequence"), 0.0),
     "dft and a KL": ("dft", {}, 0.3),
+    "dft by the reference's p": ("dft", dict(weight_from="reference"), 0.0),
+    "asft by the reference's p": ("asft", dict(weight_from="reference"), 0.0),
 }
 
 

@@ -52,6 +52,23 @@ def iw_sft_loss(logits, labels, mask, base_logits):
     return (-weight * log_p * mask).sum()
 
 
+def prift_loss(logits, labels, mask, base_logits):
+    """−π_base·log π_θ: the weight does not move with the model."""
+    log_p, log_q = (
+        x.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1) for x in (logits, base_logits)
+    )
+    return (-log_q.exp() * log_p * mask).sum()
+
+
+def target_loss(logits, labels, mask, base_logits, eta):
+    """Cross entropy to p·δ_y + (1 − p)·π̃, π̃ ∝ π_θ^(1−η)·π_T^η, the target a constant."""
+    own = logits.log_softmax(-1)
+    p = own.detach().exp().gather(-1, labels[:, None])
+    guided = ((1 - eta) * logits.detach() + eta * base_logits).softmax(-1)
+    target = ((1 - p) * guided).scatter_add(-1, labels[:, None], p)
+    return (-(target * own).sum(-1) * mask).sum()
+
+
 def train(
     model_directory, batches, loss=dft_loss, *, lr=1e-3, clip=1.0, normaliser=None, base=False
 ):

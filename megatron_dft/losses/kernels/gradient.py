@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dft.losses.kernels.tiles import LOG2E, LOWEST, blocks, device_of, load
+from megatron_dft.losses.kernels.tiles import LOG2E, LOWEST, blocks, device_of, guided, load
 from megatron_dft.losses.vocab_statistics import Wanted
 
 # Four accesses of 16 bytes by each of 256 threads.
@@ -44,14 +44,14 @@ def _value(x, r, columns, column, M, log_sum, a, b, c, g, MR, k,
 
 
 # The number of rows changes from batch to batch: no kernel of its own for each kind of it.
-@triton.jit(do_not_specialize=["stats_row", "programs", "ignored"])
+@triton.jit(do_not_specialize=["stats_row", "programs", "ignored", "share"])
 def gradient_kernel(
     z, z_row, z_col, r, r_row, r_col, out, out_row, out_col, source, target, exact,
     stats, stats_row, g_log_prob, g_entropy, g_squares, g_kl,
-    vocab_start, vocab, width, programs, ignored,
+    vocab_start, vocab, width, programs, ignored, share,
     LOG_PROB: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, KL: tl.constexpr,
     ENTROPY_AT: tl.constexpr, SQUARES_AT: tl.constexpr, KL_AT: tl.constexpr,
-    SOURCE: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr,
+    SOURCE: tl.constexpr, EXACT: tl.constexpr, SKIP: tl.constexpr, GUIDED: tl.constexpr,
     Z_UNIT: tl.constexpr, R_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row and BLOCK columns; row i of `out` is from row source[i] of z and r."""
@@ -107,6 +107,8 @@ def gradient_kernel(
             y = load(r, columns, r_col, vocab, R_UNIT, False).to(tl.float32) if KL else x
             if EXACT:
                 x = tl.where(columns == column, tl.load(exact + row), x)
+            if GUIDED:
+                y = guided(x, y, share)
             d = _value(x, y, columns, column, M, log_sum, a, b, c, g, MR, k, MIXED, KL)
             tl.store(into, d.to(out.dtype.element_ty))
         else:
@@ -114,6 +116,8 @@ def gradient_kernel(
             y = load(r, columns, r_col, vocab, R_UNIT, True).to(tl.float32) if KL else x
             if EXACT:
                 x = tl.where(columns == column, tl.load(exact + row), x)
+            if GUIDED:
+                y = guided(x, y, share)
             d = _value(x, y, columns, column, M, log_sum, a, b, c, g, MR, k, MIXED, KL)
             # Padding is read as −inf: it has no probability and no gradient.
             tl.store(into, d.to(out.dtype.element_ty), mask=columns < width)
@@ -154,11 +158,12 @@ def gradient_(
             stats_Cn if exact_n is None else exact_n, stats_Cn, stats_Cn.stride(0),
             *(stats_Cn if g is None else g for g in upstream),
             vocab_start, vocab, width, programs, 0 if ignore_index is None else ignore_index,
+            want.reference_share,
             LOG_PROB=upstream.log_prob is not None, ENTROPY=upstream.entropy is not None,
             SQUARES=upstream.sum_sq_prob is not None, KL=upstream.kl is not None,
             ENTROPY_AT=place["z_exp"].start, SQUARES_AT=place["sq_exp"].start,
             KL_AT=place["ref_max"].start, SOURCE=source_n is not None, EXACT=exact_n is not None,
-            SKIP=ignore_index is not None, Z_UNIT=logits_nV.stride(1) == 1,
+            SKIP=ignore_index is not None, GUIDED=want.guided, Z_UNIT=logits_nV.stride(1) == 1,
             R_UNIT=reference.stride(1) == 1, OUT_UNIT=out_nW.stride(1) == 1, BLOCK=block,
             num_warps=WARPS,
         )  # fmt: skip

@@ -77,8 +77,8 @@ class _Room:
 
 
 class KeptStatistics(torch.autograd.Function):
-    """(hidden [N, h], weight [V, h], target [T], Head) → log p, top-1, entropy of the top k, Σp²
-    and KL, [T] or None; the first and the last have gradients."""
+    """(hidden [N, h], weight [V, h], target [T], Head) → log p, top-1, entropy, that of the top
+    k, Σp² and KL, [T] or None; the first and the last have gradients."""
 
     @staticmethod
     def forward(ctx, hidden_Nh: Tensor, weight_Vh: Tensor, target_T: Tensor, head: Head):

@@ -18,6 +18,7 @@ from megatron_dft.losses.kernels.tiles import (
     NO_COLUMN,
     blocks,
     device_of,
+    guided,
     load,
     tile_columns,
     wide,
@@ -81,13 +82,13 @@ def _lanes_to_one(m):
 
 
 # The number of rows changes from batch to batch: no kernel of its own for each kind of it.
-@triton.jit(do_not_specialize=["out_row", "ignored"])
+@triton.jit(do_not_specialize=["out_row", "ignored", "share"])
 def statistics_kernel(
     z, z_row, z_col, r, r_row, r_col, target, exact, out, out_row, lanes,
-    vocab_start, vocab, part_size, parts, ignored,
+    vocab_start, vocab, part_size, parts, ignored, share,
     ENTROPY: tl.constexpr, SQUARES: tl.constexpr, KL: tl.constexpr, TOP: tl.constexpr,
     EXACT: tl.constexpr, Z_UNIT: tl.constexpr, R_UNIT: tl.constexpr, SKIP: tl.constexpr,
-    LANES: tl.constexpr, WIDE: tl.constexpr,
+    GUIDED: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a row and part: z [n, V] → out [parts, C, n], and with TOP the lanes' maxima
     [n, parts · LANES]."""
@@ -136,6 +137,8 @@ def statistics_kernel(
             ahead_r = load(r, columns, r_col, end, R_UNIT, False) if KL else ahead
             if EXACT:
                 x = tl.where(tile_columns(start, LANES, WIDE) == column, chosen, x)
+            if GUIDED:
+                y = guided(x, y, share)
             m, s, first, u, q, mr, sr, cross = _fold(
                 x, y, start, m, s, first, u, q, mr, sr, cross, ENTROPY, SQUARES, KL
             )
@@ -146,6 +149,8 @@ def statistics_kernel(
         y = load(r, columns, r_col, end, R_UNIT, True).to(tl.float32) if KL else x
         if EXACT:
             x = tl.where(columns == column, chosen, x)
+        if GUIDED:
+            y = guided(x, y, share)
         m, s, first, u, q, mr, sr, cross = _fold(
             x, y, start, m, s, first, u, q, mr, sr, cross, ENTROPY, SQUARES, KL
         )
@@ -225,9 +230,10 @@ def part_statistics(
             logits_nV, *logits_nV.stride(), reference, *reference.stride(), target_n,
             out if exact_n is None else exact_n, out, rows, out if lanes is None else lanes,
             vocab_start, vocab, size, parts, 0 if ignore_index is None else ignore_index,
+            want.reference_share,
             ENTROPY=want.entropy, SQUARES=want.sum_sq_prob, KL=want.kl, TOP=want.top_k,
             EXACT=exact_n is not None, Z_UNIT=logits_nV.stride(1) == 1,
-            R_UNIT=reference.stride(1) == 1, SKIP=ignore_index is not None,
+            R_UNIT=reference.stride(1) == 1, SKIP=ignore_index is not None, GUIDED=want.guided,
             LANES=BLOCK // per_access, WIDE=per_access, num_warps=WARPS,
         )  # fmt: skip
     return out, lanes

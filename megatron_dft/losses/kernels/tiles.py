@@ -39,6 +39,12 @@ def tile_columns(start, LANES: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def guided(own, reference, share):
+    """(1 − η)·z + η·z_ref, 0 < η < 1: the reference that is part model (vocab_statistics.py)."""
+    return share * reference + (1.0 - share) * own
+
+
+@triton.jit
 def load(row, columns, stride, end, UNIT: tl.constexpr, MASKED: tl.constexpr):
     """Logits at `columns` of a row, −inf from `end` on; UNIT: neighbours in memory."""
     where = row + columns if UNIT else row + columns.to(tl.int64) * stride
