@@ -139,14 +139,17 @@ class Comparison:
     def _training(
         self, model: Path, data: Path, batch: int, steps: int, lr: float, pairs: bool = False
     ) -> list[Any]:
-        # Rows have nearly one length: nothing to pack, but for the two answers of a pair.
-        shape: list[Any] = ["--no-packing", "--seq-length", corpus.ROW_TOKENS]
+        # Rows have nearly one length: nothing to pack, but for the two answers of a pair. A packed
+        # row is a micro-batch, and the model's positions hold two pairs.
+        shape = ["--no-packing", "--seq-length", corpus.ROW_TOKENS]
+        shape += ["--micro-batch-size", batch, "--global-batch-size", batch]
         if pairs:
-            shape = ["--seq-length", 2 * corpus.ROW_TOKENS]
+            shape = ["--seq-length", 4 * corpus.ROW_TOKENS]
+            shape += ["--micro-batch-size", 1, "--global-batch-size", batch // 2]
         return [
             "--device", "cpu", "--hf-model", model, "--train-data", data,
             "--data-cache", self.out / "cache", *shape,
-            "--micro-batch-size", batch, "--global-batch-size", batch, "--train-iters", steps,
+            "--train-iters", steps,
             "--lr", lr, "--min-lr", lr / 10, "--lr-decay-style", "cosine",
             "--lr-warmup-iters", max(steps // 10, 1), "--weight-decay", 0.01, "--clip-grad", 1.0,
             "--log-interval", max(steps // 20, 1), "--progress", "off", "--overwrite",
