@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_dft.commands import rollout_flags as flags
 from megatron_dft.rollout.keep import DEDUPE, KEEP, WEIGHTS, KeepRules, select, training_rows
+from megatron_dft.rollout.pairs import pair_rows, pair_up
 from megatron_dft.rollout.prompts import Skips
 from megatron_dft.rollout.rewards import reward_samples, unusual
 from megatron_dft.rollout.store import json_lines, read_settings
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KEEP,
         default="correct",
         help="correct: reward of --threshold or more; best: a prompt's highest; all: whatever has "
-        "a reward (%(default)s)",
+        "a reward; pairs: a right beside a wrong one of its prompt, for --loss dpo (%(default)s)",
     )
-    add("--per-prompt", type=int, metavar="N", help="most rows of a prompt (best: 1)")
+    add("--per-prompt", type=int, metavar="N", help="most rows, or pairs, of a prompt (best: 1)")
     add(
         "--dedupe",
         choices=DEDUPE,
@@ -71,12 +72,17 @@ def run(args: argparse.Namespace) -> int:
     strange = unusual(rewarded)
     _tell("verifier", strange)
     kept, left = select(rewarded, rules, raw)
+    rows = list(training_rows(kept, rules, raw))
+    if args.keep == "pairs":
+        pairs, alone = pair_up(kept, args.threshold, args.per_prompt)
+        _tell("in no pair", alone)
+        rows = list(pair_rows(pairs, raw))
     _tell("left out", left)
-    if not kept:
+    if not rows:
         raise ValueError(f"--keep {args.keep}: no sample is left to train on: {left}")
-    write_whole(args.out, json_lines(training_rows(kept, rules, raw)))
-    of = len({one.prompt.number for one in kept})
-    print(f"{args.out}: {len(kept):,} rows of {of:,} prompts")
+    write_whole(args.out, json_lines(rows))
+    of = len({row["prompt_number"] for row in rows})
+    print(f"{args.out}: {len(rows):,} rows of {of:,} prompts")
     return 0
 
 

@@ -11,14 +11,15 @@ from megatron_dft.data.schema import RowError, parse_row
 from megatron_dft.rollout.prompts import Skips
 from megatron_dft.rollout.rewards import Rewarded
 
-KEEP = ("correct", "best", "all")
+KEEP = ("correct", "best", "all", "pairs")
 DEDUPE = ("text", "answer", "none")
 WEIGHTS = ("one", "reward", "prompt")
 
 
 @dataclass(frozen=True)
 class KeepRules:
-    """keep: samples of at least `threshold`, a prompt's best ones, or all with a reward.
+    """keep: samples of at least `threshold`, a prompt's best ones, or all with a reward; "pairs":
+    all, which pairs.py then puts together.
 
     per_prompt: most samples of a prompt, None for all ("best": 1). dedupe: a prompt's samples of
     one text, or of one answer, count once. weight: 1, the reward, or 1 / kept samples of the
@@ -35,6 +36,10 @@ class KeepRules:
     def check(self) -> None:
         if self.per_prompt is not None and self.per_prompt < 1:
             raise ValueError(f"--per-prompt: expected 1 or more, got {self.per_prompt}")
+        if self.keep == "pairs" and self.weight != "one":
+            raise ValueError(
+                f"--weight {self.weight}: --keep pairs takes 'one', a pair has no weight; drop it"
+            )
 
 
 def select(
@@ -55,6 +60,8 @@ def select(
             usable.sort(key=lambda one: (-one.reward, one.sample))  # type: ignore[operator]
         unique = list(_unique(usable, rules.dedupe, left))
         most = rules.per_prompt or (1 if rules.keep == "best" else len(unique))
+        if rules.keep == "pairs":
+            most = len(unique)
         for one in unique[most:]:
             left.add("more of a prompt than are kept", _where(one))
         kept += sorted(unique[:most], key=lambda one: one.sample)
