@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_dft.data.held_out import conversation_hashes
+from megatron_dft.data.spec import ID_MASK
 
 
 class Duplicates:
@@ -15,9 +15,13 @@ class Duplicates:
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """tokens: flagged, uint32 [sum of lengths]; lengths: int64 [N]."""
-        if len(lengths):
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            self._hashes.append(conversation_hashes(tokens, offsets))
+        ids, end = (tokens & ID_MASK).tobytes(), 0
+        hashes = []
+        for length in lengths.tolist():
+            begin, end = end, end + 4 * length
+            # Of this process alone, and a tenth of the time of held_out.conversation_hashes.
+            hashes.append(hash(ids[begin:end]))
+        self._hashes.append(np.array(hashes, dtype=np.int64))
 
     def count(self) -> int:
         """How many conversations have been met before."""
