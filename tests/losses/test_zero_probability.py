@@ -38,6 +38,7 @@ def _stats(log_prob, reference, segments):
         sum_sq_prob=torch.rand(count).clamp(min=0.1),
         reference_log_prob=torch.tensor(reference),
         kl=torch.rand(count),
+        reward=torch.tensor([0.7, -0.4] * count)[:count],
     )
 
 
@@ -53,7 +54,9 @@ def test_values_and_gradients(case):
     assert not loss.isnan().any() and weight.isfinite().all()
     assert log_prob.grad.isfinite().all()
     assert torch.equal(log_prob.grad, -weight)
-    assert loss[3:].isfinite().all() and (weight >= 0).all()
+    assert loss[3:].isfinite().all()
+    signed = objective.entry.per_pair or "reward" in objective.needs
+    assert signed or (weight >= 0).all()
     if objective.entry.per_batch or objective.needs - {"reference_log_prob"}:
         return
     # The other conversation is as it is alone.
