@@ -16,12 +16,15 @@ STARTS = "test_the_jobs_are_under_way"
 
 
 def pytest_collection_modifyitems(items):
-    """What waits for a job comes last: the jobs wait for Slurm most of the time, and the other
-    tests run meanwhile."""
-    waits = [i for i in items if "stories" in getattr(i, "fixturenames", ()) and i.name != STARTS]
-    if len(waits) < len(items):
-        last = set(waits)
-        items[:] = [i for i in items if i not in last] + waits
+    """The jobs begin first and what waits for them comes last: they wait for Slurm most of the
+    time, and the other tests of this directory run meanwhile. Not those of others: some replace
+    what starts a process, which the jobs' threads would be given too."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    waits = [item for item in here if "stories" in item.fixturenames]
+    ordered = [item for item in here if item not in waits]
+    for item in waits:
+        ordered.insert(0, item) if item.name == STARTS else ordered.append(item)
+    items[:] = ordered + [item for item in items if item not in here]
 
 
 @pytest.fixture(scope="session")

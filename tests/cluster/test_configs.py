@@ -37,6 +37,7 @@ def local(config: Path, run_dir: Path, *words: str, **env: str) -> subprocess.Co
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_every_configuration_evaluates_logs_and_overlaps(config, tmp_path):
     run_dir, env = tmp_path / "run", {"TRAIN_DATA": "x.jsonl", "PROCS_PER_NODE": "2"}
+    env["PYTHON"] = "true"  # the trainer's own checks want the model
     words = local(config, run_dir, "--dry-run", **env).stdout.split()
     assert f"{run_dir}/tensorboard" == words[words.index("--tensorboard-dir") + 1]
     assert "0.01" == words[words.index("--valid-share") + 1] and "--valid-data" not in words
