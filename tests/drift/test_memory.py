@@ -21,7 +21,9 @@ print(peak_growth(lambda: drift_pass(*map(Path, sys.argv[1:3]), workers=4, ks=ks
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 @pytest.mark.parametrize("form", ["safetensors", "torch_dist"])
 def test_four_times_the_largest_tensor(form, dtype, tmp_path):
     # With the base's subspaces (a float32 copy and two bases) and without.
