@@ -10,7 +10,7 @@ old policy); the scores serve every layout. A killed run goes on behind the last
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_dft import terminal
+from megatron_dft.storage import terminal
 
 if __name__ == "__main__":  # before the imports that warn
     terminal.divert()

@@ -13,7 +13,7 @@ _PROGRAM_START = time.time()
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_dft import terminal  # noqa: E402
+from megatron_dft.storage import terminal  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that warn
     terminal.divert()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_dft import terminal
+from megatron_dft.storage import terminal
 
 if __name__ == "__main__":  # before the imports that warn
     terminal.divert()

@@ -9,7 +9,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dft import terminal
 from megatron_dft.data.cache import digest, locked, store_parts, writing
 from megatron_dft.data.duplicates import Duplicates
 from megatron_dft.data.progress import progress_bar
@@ -21,6 +20,7 @@ from megatron_dft.data.store import Block, StoreWriter, TokenStore
 from megatron_dft.data.tokenize_rows import NOTE, BadRow, describe, reason_kind
 from megatron_dft.data.vocabulary import check_ids
 from megatron_dft.data.workers import available_cores, tokenize_in_parallel, tokenize_serially
+from megatron_dft.storage import terminal
 
 ERRORS = ("strict", "skip")
 # Below this the processes would take longer to start than to tokenise.

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_dft import terminal
+from megatron_dft.storage import terminal
 
 _LINE_EVERY_SECONDS = 15.0
 

@@ -4,9 +4,9 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_dft import terminal
 from megatron_dft.flags.defaults import TRAINING_DEFAULTS
 from megatron_dft.flags.definitions import define
+from megatron_dft.storage import terminal
 
 MEGATRON = "--help-megatron"
 _USAGE = (

@@ -10,12 +10,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training import get_tensorboard_writer
 
-from megatron_dft import terminal
 from megatron_dft.compat.loop import on_optimizer_built, sync_parameters
 from megatron_dft.lens.anchor import L2SP
 from megatron_dft.lens.parameters import all_labels, inner_optimizers, tracked_parameters
 from megatron_dft.lens.targets import Targets
 from megatron_dft.lens.tracker import MODEL, UpdateTracker
+from megatron_dft.storage import terminal
 
 
 def is_wanted(args: Any) -> bool:

@@ -15,10 +15,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import manifest, written_hashes
-from megatron_dft.storage import lock
+from megatron_dft.storage import lock, terminal
 from megatron_dft.storage.files import write_whole
 
 

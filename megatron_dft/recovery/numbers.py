@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import exit_codes, status
+from megatron_dft.storage import terminal
 
 
 def samples_of_rank(

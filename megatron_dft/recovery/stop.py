@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-from megatron_dft import terminal
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import exit_codes
+from megatron_dft.storage import terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # scancel reaches torchrun and the worker, and torchrun passes its signal on: one wish, two signals.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dft import terminal
 from megatron_dft.compat import optimizer_resume
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.recovery import (
@@ -23,6 +22,7 @@ from megatron_dft.recovery import (
     stop,
 )
 from megatron_dft.recovery.watchdog import Watchdog
+from megatron_dft.storage import terminal
 from megatron_dft.storage.safe_pickle import UnsafeFileError
 
 

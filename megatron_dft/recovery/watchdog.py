@@ -12,8 +12,8 @@ import os
 import threading
 import time
 
-from megatron_dft import terminal
 from megatron_dft.recovery import exit_codes, status
+from megatron_dft.storage import terminal
 
 _SPARE = 60.0  # seconds
 

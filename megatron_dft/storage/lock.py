@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dft import terminal
+from megatron_dft.storage import terminal
 from megatron_dft.storage.lock_owner import PROGRAM, Owner, is_dead, myself, parse
 
 BEAT = 10.0  # seconds between two touches

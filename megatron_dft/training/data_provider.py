@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron.training import get_args
 
-from megatron_dft import terminal
 from megatron_dft.data import repeats
 from megatron_dft.data.dataset import ChatDataset, build_dataset, check_rows
 from megatron_dft.data.fingerprint import check_resume, record
@@ -19,6 +18,7 @@ from megatron_dft.flags.data import cache_directory, dataset_options
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.resume import ResumeError
 from megatron_dft.step.loss import SOURCES, VALID_SOURCES
+from megatron_dft.storage import terminal
 from megatron_dft.training import agreement, trained_chat
 
 

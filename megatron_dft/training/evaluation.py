@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dft import terminal
 from megatron_dft.compat.loop import on_evaluation
 from megatron_dft.losses.report import CROSS_ENTROPY, SOURCE
+from megatron_dft.storage import terminal
 from megatron_dft.training.progress import short_figures
 
 

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dft import terminal
 from megatron_dft.compat import hooks, loopback, release, safe_load, torch_norm, wgrad_fusion
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import has_transformer_engine, requested_device, wants_cpu
@@ -22,6 +21,7 @@ from megatron_dft.flags.settings import settings
 from megatron_dft.hf.source import open_checkpoint
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import FINISHED, REFUSED
+from megatron_dft.storage import terminal
 from megatron_dft.storage.safe_pickle import UnsafeFileError
 from megatron_dft.training import directories, log_file, waiting
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_dft import terminal
 from megatron_dft.recovery.exit_codes import FORCED
+from megatron_dft.storage import terminal
 
 # The launcher gives the ranks of a run one name that nobody else could have made before.
 NAME = "MEGATRON_DFT_RUN"

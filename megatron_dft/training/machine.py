@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from megatron_dft import terminal
 from megatron_dft.compat import wgrad_fusion
 from megatron_dft.cpu import runtime
 from megatron_dft.flags.defaults import has_transformer_engine
 from megatron_dft.recovery import status
 from megatron_dft.recovery.exit_codes import REFUSED
+from megatron_dft.storage import terminal
 from megatron_dft.training import attention
 
 UNFUSED_REMEDY = (

@@ -7,7 +7,6 @@ from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_dft import terminal
 from megatron_dft.compat import moe_losses
 from megatron_dft.compat.checkpointing import checkpoint_exists
 from megatron_dft.compat.loop import separate_mtp_losses
@@ -20,6 +19,7 @@ from megatron_dft.hf.padding import mask_padded_vocab
 from megatron_dft.lens.run import Lens, is_wanted
 from megatron_dft.step.logits_probe import LogitsProbe
 from megatron_dft.step.self_test import SelfTest
+from megatron_dft.storage import terminal
 from megatron_dft.storage.dtypes import WORDS, trained_word
 from megatron_dft.training import fake_quantize
 from megatron_dft.training.reference_model import ReferenceModel

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_tensorboard_writer
 
-from megatron_dft import terminal
 from megatron_dft.compat.loop import after_training_step, on_training_log, sync_parameters
 from megatron_dft.flags.settings import settings
 from megatron_dft.hf.card import model_card
@@ -21,6 +20,7 @@ from megatron_dft.hf.source import HFCheckpoint
 from megatron_dft.losses.report import CROSS_ENTROPY, ROWS_DROPPED
 from megatron_dft.step.chunked_head import row_filter
 from megatron_dft.step.loss import FIGURES
+from megatron_dft.storage import terminal
 from megatron_dft.storage.dtypes import WORDS
 from megatron_dft.storage.files import sha256_of_file
 from megatron_dft.training.end_watch import EndWatch

@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dft import terminal
 from megatron_dft.losses.report import (
     CROSS_ENTROPY,
     END_PROB,
@@ -14,6 +13,7 @@ from megatron_dft.losses.report import (
     TOKENS,
     histogram_key,
 )
+from megatron_dft.storage import terminal
 
 _SHORT = {
     "dft/mean-prob": "p",

@@ -21,13 +21,13 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 from torch import Tensor
 
-from megatron_dft import terminal
 from megatron_dft.compat import checkpointing
 from megatron_dft.data.dataset import ChatDataset
 from megatron_dft.data.reference_scores import ScoreWriter
 from megatron_dft.data.score_rows import SegmentRows
 from megatron_dft.step.batch import MicroBatch
 from megatron_dft.step.forward_step import run_model
+from megatron_dft.storage import terminal
 from megatron_dft.training import data_provider
 from megatron_dft.training.identity import model_identity
 from megatron_dft.training.model import ModelHandle, model_config

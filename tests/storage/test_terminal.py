@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import os, sys, warnings
 from pathlib import Path
-from megatron_dft import terminal
+from megatron_dft.storage import terminal
 terminal.divert()
 os.write(2, b"C code\\n")
 warnings.warn("a library")
