@@ -84,7 +84,7 @@ def take(flag: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _ranks(count: str, words: Sequence[str]) -> int:
     gpus = _visible_gpus()
-    on_cpu = not gpus or "--device=cpu" in words or _after("--device", words) == "cpu"
+    on_cpu = not gpus or take("--device", words)[0] == "cpu"
     if count == "gpu" and not on_cpu:
         return gpus
     if not count.isdigit() or int(count) < 1:
@@ -99,10 +99,6 @@ def _ranks(count: str, words: Sequence[str]) -> int:
     if not on_cpu and int(count) < gpus:
         print(f"> {count} of {gpus} GPUs ({FLAG} gpu takes all)", flush=True)
     return int(count)
-
-
-def _after(flag: str, words: Sequence[str]) -> str | None:
-    return next((b for a, b in zip(words, words[1:], strict=False) if a == flag), None)
 
 
 def _visible_gpus() -> int:

@@ -19,7 +19,7 @@ class Duplicates:
         hashes = []
         for length in lengths.tolist():
             begin, end = end, end + 4 * length
-            # Of this process alone, and a tenth of the time of held_out.conversation_hashes.
+            # Of this process alone, and a tenth of the time of those of held_out.py.
             hashes.append(hash(ids[begin:end]))
         self._hashes.append(np.array(hashes, dtype=np.int64))
 

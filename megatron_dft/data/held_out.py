@@ -33,7 +33,7 @@ def held_out(store: TokenStore, share: float) -> np.ndarray:
 
 def _row_hashes(store: TokenStore) -> np.ndarray:
     """uint64 [N]: a hash of the tokens of the row that each conversation is of."""
-    own = conversation_hashes(store.tokens, store.offsets)
+    own = _conversation_hashes(store)
     first = np.ones(len(store), dtype=bool)
     first[1:] = (np.diff(store.rows) != 0) | (np.diff(store.files) != 0)
     # The samples of one row begin alike and follow each other: the last holds all the others.
@@ -42,19 +42,14 @@ def _row_hashes(store: TokenStore) -> np.ndarray:
     return own[ends][row]
 
 
-def conversation_hashes(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """uint64 [N]: a hash of each conversation's ids, in place.
-
-    tokens: flagged, uint32 [T]; offsets: int64 [N + 1], where each begins; none is empty.
-    """
-    count = len(offsets) - 1
-    hashes = np.empty(count, dtype=np.uint64)
-    for begin in range(0, count, _SLICE):
-        stop = min(begin + _SLICE, count)
-        own = offsets[begin : stop + 1]
-        ids = (tokens[own[0] : own[-1]] & ID_MASK).astype(np.uint64)
-        starts = (own[:-1] - own[0]).astype(np.int64)
-        place = np.arange(len(ids)) - np.repeat(starts, np.diff(own))
+def _conversation_hashes(store: TokenStore) -> np.ndarray:
+    hashes = np.empty(len(store), dtype=np.uint64)
+    for begin in range(0, len(store), _SLICE):
+        stop = min(begin + _SLICE, len(store))
+        offsets = store.offsets[begin : stop + 1]
+        ids = (store.tokens[offsets[0] : offsets[-1]] & ID_MASK).astype(np.uint64)
+        starts = (offsets[:-1] - offsets[0]).astype(np.int64)
+        place = np.arange(len(ids)) - np.repeat(starts, np.diff(offsets))
         mixed = _mix(ids + _STEP * (place.astype(np.uint64) + np.uint64(1)))
         hashes[begin:stop] = _mix(np.add.reduceat(mixed, starts))
     return hashes

@@ -7,16 +7,12 @@ master.N.safetensors  the float32 weights after N iterations, from which the log
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dft.hf.collective import raise_together
-from megatron_dft.rollout.store import heal, json_lines, read_lines
-from megatron_dft.storage.files import read_json_object, write_whole
+from megatron_dft.rollout.store import LineFile, agree, read_lines, write_settings
 
 FORMAT = 1
 
@@ -32,39 +28,18 @@ class RewardLog:
         if rank == 0:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                self._agree({"format": FORMAT, **settings})
+                found = {"format": FORMAT, **settings}
+                if not agree(directory, found, "a run", "members.*.jsonl"):
+                    write_settings(directory, found)
             except (OSError, ValueError) as e:
                 error = ValueError(str(e))
         raise_together(error)
-        path = directory / f"members.{rank}.jsonl"
-        self._file = open(path, "ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {directory}: another process writes {path.name}") from None
-        heal(self._file)
-
-    def _agree(self, settings: dict[str, Any]) -> None:
-        path = self.directory / "settings.json"
-        if not path.exists():
-            if any(self.directory.glob("members.*.jsonl")):
-                raise ValueError(f"--out {self.directory}: holds rewards but no settings.json")
-            write_whole(path, json.dumps(settings, indent=1) + "\n")
-            return
-        found = read_json_object(path)
-        for name in {**found, **settings}:
-            if found.get(name) != settings.get(name):
-                raise ValueError(
-                    f"--out {self.directory}: holds a run with {name} {found.get(name)!r}, but now "
-                    f"it is {settings.get(name)!r}; give that again, or another directory"
-                )
+        self._file = LineFile(directory / f"members.{rank}.jsonl")
 
     def append(self, iteration: int, member: int, seed: int, reward: float) -> None:
         """On the disk when it returns."""
         record = {"iteration": iteration, "member": member, "seed": seed, "reward": reward}
-        self._file.write(json_lines([record]).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append([record])
 
     def rewards(self) -> dict[tuple[int, int], float]:
         """(iteration, member) → reward, of all processes."""

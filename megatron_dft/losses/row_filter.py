@@ -40,7 +40,8 @@ class RowFilter:
         gone = ordered.cumsum(0) <= self.bound * ordered.sum()
         keep = torch.ones_like(gone).index_put_((order,), ~gone)
         index = keep.nonzero().squeeze(1)
-        counts = torch.stack([gone.sum(), torch.full_like(gone.sum(), len(mass))])
+        dropped = gone.sum()
+        counts = torch.stack([dropped, torch.full_like(dropped, len(mass))])
         self._counts = counts if self._counts is None else self._counts + counts
         return index
 

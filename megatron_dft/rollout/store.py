@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.rollout.prompts import Prompt
-from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.files import read_json_object, write_whole
 
 FORMAT = 1
 
@@ -45,13 +45,64 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+class LineFile:
+    """A file of JSON lines with one writer, healed when it is opened."""
+
+    def __init__(self, path: Path, remedy: str = "") -> None:
+        """Raises ValueError, with `remedy` at its end, where another process writes."""
+        self._file: Any = open(path, "ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out {path.parent}: another process writes {path.name}{remedy}"
+            ) from None
+        heal(self._file)
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """On the disk when it returns."""
+        self._file.write(json_lines(records).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def agree(directory: Path, settings: Mapping[str, Any], holds: str, lines: str) -> bool:
+    """Whether the directory's settings.json was there, and says the same.
+
+    holds: what the directory is said to hold; lines: the pattern of files that need settings.
+
+    Raises ValueError for other settings, and for lines without any.
+    """
+    path = directory / "settings.json"
+    if not path.exists():
+        if any(directory.glob(lines)):
+            raise ValueError(f"--out {directory}: holds {lines} but no settings.json")
+        return False
+    found = read_json_object(path)
+    for name in {**found, **settings}:
+        if found.get(name) != settings.get(name):
+            raise ValueError(
+                f"--out {directory}: holds {holds} with {name} {found.get(name)!r}, but now it is "
+                f"{settings.get(name)!r}; give that again, or another directory"
+            )
+    return True
+
+
+def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Last of what makes a directory: with it, it is one."""
+    write_whole(directory / "settings.json", json.dumps(settings, indent=1) + "\n")
+
+
 class SampleStore:
     """One writer's view of a sample directory."""
 
     def __init__(self, directory: Path, part: int = 0, parts: int = 1) -> None:
         self.directory = directory
         self._path = directory / f"samples.{part}-of-{parts}.jsonl"
-        self._file: Any = None
+        self._file: LineFile | None = None
 
     def open(self, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
         """Make the directory or take it up again.
@@ -59,35 +110,15 @@ class SampleStore:
         Raises ValueError where it holds samples of other settings, or another process writes.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        settings = {"format": FORMAT, **settings}
         # Parts of one job start together: the first makes the directory, the others find it made.
         with open(self.directory / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._agree({"format": FORMAT, **settings}, prompts)
-        self._file = open(self._path, "ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--out {self.directory}: another process writes {self._path.name}; wait for it, "
-                "or give each its own --part I/N"
-            ) from None
-        heal(self._file)
-
-    def _agree(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-        path = self.directory / "settings.json"
-        if not path.exists():
-            if any(self.directory.glob("samples.*.jsonl")):
-                raise ValueError(f"--out {self.directory}: holds samples but no settings.json")
-            write_whole(self.directory / "prompts.jsonl", json_lines(p.record() for p in prompts))
-            write_whole(path, json.dumps(settings, indent=1) + "\n")
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name in {**found, **settings}:
-            if found.get(name) != settings.get(name):
-                raise ValueError(
-                    f"--out {self.directory}: holds samples with {name} {found.get(name)!r}, but "
-                    f"now it is {settings.get(name)!r}; give that again, or another directory"
-                )
+            if not agree(self.directory, settings, "samples", "samples.*.jsonl"):
+                lines = json_lines(p.record() for p in prompts)
+                write_whole(self.directory / "prompts.jsonl", lines)
+                write_settings(self.directory, settings)
+        self._file = LineFile(self._path, "; wait for it, or give each its own --part I/N")
 
     def done(self) -> set[tuple[int, int]]:
         """(prompt, sample) of every stored sample, this part's and the others'."""
@@ -95,9 +126,8 @@ class SampleStore:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """On the disk when it returns."""
-        self._file.write(json_lines(records).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        assert self._file is not None
+        self._file.append(records)
 
     def close(self) -> None:
         if self._file is not None:

@@ -7,7 +7,13 @@ from megatron_dft.losses import kernels, registry
 from megatron_dft.losses.linear_head import linear_head_loss
 from megatron_dft.losses.row_filter import RowFilter
 from megatron_dft.losses.vocab_parallel import vocab_parallel_loss, vocab_parallel_statistics
-from tests.losses.reference import PARAMETERS, dense_loss, entropy_of_top, relative_error, rewards
+from tests.losses.reference import (
+    PARAMETERS,
+    data_stats,
+    dense_loss,
+    entropy_of_top,
+    relative_error,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 
@@ -61,11 +67,7 @@ def test_every_objective_from_logits(vocab, dtype):
             case["target"],
             None,
             objective,
-            token_stats={
-                "segment_ids": case["segments"],
-                "reference_log_prob": log_ref.float(),
-                "reward": rewards(case["segments"]).float(),
-            },
+            token_stats=data_stats(case["segments"], log_ref.float()),
             overwrite_logits=number % 2 == 0,
             **more,
         )

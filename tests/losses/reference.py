@@ -47,6 +47,13 @@ def rewards(segments: Tensor) -> Tensor:
     return 0.8 * (-1.3) ** segments.double()
 
 
+def data_stats(segments: Tensor, log_ref: Tensor) -> dict[str, Tensor]:
+    """What a loss is told of its tokens: conversation, reference's log p, reward; of log_ref's
+    dtype."""
+    reward = rewards(segments).to(log_ref)
+    return {"segment_ids": segments, "reference_log_prob": log_ref, "reward": reward}
+
+
 def _per_conversation(values: Tensor, segments: Tensor, mask: Tensor, mean: bool) -> Tensor:
     out = torch.zeros_like(values)
     for segment in segments.unique():

@@ -18,10 +18,10 @@ from tests.losses.reference import (
     HAS_KL,
     KINDS,
     PARAMETERS,
+    data_stats,
     dense_loss,
     entropy_of_top,
     relative_error,
-    rewards,
 )
 from tests.ranks import run_ranks
 
@@ -99,11 +99,7 @@ def _objectives(runs: list) -> list:
             case["target"],
             group,
             objective,
-            token_stats={
-                "segment_ids": case["segments"],
-                "reference_log_prob": log_ref.float(),
-                "reward": rewards(case["segments"]).float(),
-            },
+            token_stats=data_stats(case["segments"], log_ref.float()),
             overwrite_logits=seed % 2 == 1,
             vocab_start=BORDERS[dist.get_world_size()][dist.get_rank()],
             **options,

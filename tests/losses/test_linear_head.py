@@ -1,6 +1,5 @@
 """linear_head against dense float64 references: values, d_hidden and dW at TP 1, 2 and 4."""
 
-import collections
 import doctest
 
 import pytest
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft.losses import linear_forward, linear_head, registry
 from megatron_dft.losses.linear_head import linear_head_loss
+from tests.losses import collectives
 from tests.losses.reference import PARAMETERS, dense_loss, relative_error, rewards
 from tests.ranks import run_ranks
 
@@ -177,15 +177,9 @@ def test_a_summed_loss_uses_the_gradient_of_the_forward_once(monkeypatch):
 
 
 def _counted(case, sequence_parallel, supervised):
-    calls: collections.Counter = collections.Counter()
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather"):
-        original = getattr(dist, name)
-
-        def counted(*args, _original=original, _name=name, **kwargs):
-            calls[_name] += 1
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, counted)
+    calls = collectives.count(
+        "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather"
+    )
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden = case["hidden"].chunk(size)[rank] if sequence_parallel else case["hidden"]
     hidden = hidden.clone().requires_grad_()

@@ -1,7 +1,5 @@
 """Logits over vocabulary shards, and what each rank computes of them."""
 
-import collections
-
 import torch
 import torch.distributed as dist
 
@@ -11,7 +9,8 @@ from megatron_dft.losses.vocab_parallel import (
     vocab_parallel_statistics,
     vocab_shard_start,
 )
-from tests.losses.reference import PARAMETERS, dense_loss, entropy_of_top, rewards
+from tests.losses import collectives
+from tests.losses.reference import PARAMETERS, data_stats, dense_loss, entropy_of_top
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -66,11 +65,7 @@ def ours(name: str, case: dict, group, **options) -> tuple:
         case["target"],
         group,
         objective,
-        token_stats={
-            "segment_ids": case["segments"],
-            "reference_log_prob": log_ref.float(),
-            "reward": rewards(case["segments"]).float(),
-        },
+        token_stats=data_stats(case["segments"], log_ref.float()),
         **options,
     )
     loss.backward(case["upstream"])
@@ -97,15 +92,7 @@ def _statistics(case, borders, upstream, names):
     logits = case["logits"][:, shard].clone().requires_grad_()
     start = vocab_shard_start(logits.shape[1], dist.group.WORLD)
     assert start == borders[rank]
-    calls = collections.Counter()
-    for collective in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
-        original = getattr(dist, collective)
-
-        def counted(*args, _original=original, _name=collective, **kwargs):
-            calls[_name] += 1
-            return _original(*args, **kwargs)
-
-        setattr(dist, collective, counted)
+    calls = collectives.count("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
     stats = vocab_parallel_statistics(
         logits,
         case["target"],
