@@ -1,6 +1,7 @@
 """Process-wide settings, which must precede the first torch import, and what every room shares."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # oneDNN takes AMX instructions that some virtual machines announce and do not have.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
+def pytest_collection_modifyitems(items):
+    """With several workers (pytest-xdist) a file stays with one, and so does tests/cluster, whose
+    jobs share one virtual Slurm cluster."""
+    for item in items:
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
+        group = room if room == "cluster" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
