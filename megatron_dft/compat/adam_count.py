@@ -1,11 +1,11 @@
-"""A checkpoint of one Adam goes on in another: torch's on a CPU, Transformer Engine's or apex's on a GPU.
+"""A checkpoint of one Adam goes on in another: torch's on a CPU, FusedAdam on a GPU.
 
 Both have the same moments and count their steps in different places: torch a tensor in each
-parameter's state, FusedAdam an int in each parameter group. megatron-core 0.19.2 (core/optimizer/
-optimizer.py, distrib_optimizer.py) writes the count where the saving one has it. Loading it then
-fails (KeyError: 'step', in torch's first step; in FusedAdam, which takes it for a moment), or gives
-FusedAdam's kernel a float, which it refuses. In fp32 the distributed optimizer's loading copies into
-views of the parameters themselves, which autograd refuses, whoever steps them.
+parameter's state, Transformer Engine's and apex's FusedAdam an int in each parameter group.
+megatron-core 0.19.2 (core/optimizer/optimizer.py, distrib_optimizer.py) writes the count where the
+saving one has it. Loading it then fails (KeyError: 'step': in torch's first step, and in FusedAdam,
+which takes it for a moment), or gives FusedAdam's kernel a float, which it refuses. And in fp32 the
+distributed optimizer copies into views of the parameters, which autograd refuses, whoever steps.
 """
 
 from typing import Any
