@@ -74,6 +74,8 @@ def judge(run: Run, status: int, log: str, work: Path, reference: Run | None = N
         return True, ""
     found = figures(work / "figures" / f"{run.name}.jsonl")
     expected = figures(work / "figures" / f"{run.like}.jsonl")
+    if "load" in run.flags and 1 in found:
+        return False, "does not go on from the checkpoint: it begins at step 1"
     if not found.keys() & expected.keys():
         return False, f"no step in common with {run.like}"
     bound, holds, parts = BOUNDS[run.bound], True, []

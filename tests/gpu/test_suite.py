@@ -128,6 +128,15 @@ def test_a_run_is_held_to_its_reference(figures, losses, norm, holds):
     assert check.judge(RUN, 0, "", work)[0] is holds
 
 
+def test_a_run_that_should_go_on_and_begins_anew_fails(figures):
+    work = figures("cpu", [5.0, 4.0])
+    figures("te", [5.0, 4.0])
+    resumed = plan.Run("te", flags=dict(load="WORK/ck"), like="cpu")
+    assert check.judge(resumed, 0, "", work) == (
+        False, "does not go on from the checkpoint: it begins at step 1"
+    )  # fmt: skip
+
+
 def test_a_run_that_ends_otherwise_fails(figures):
     work = figures("cpu", [5.0])
     assert not check.judge(RUN, 0, "", work)[0]  # no figures
@@ -252,6 +261,7 @@ def test_the_table_and_the_results_of_a_section(tmp_path, monkeypatch, capsys):
         "elsewhere": None,
     }  # fmt: skip
     said = capsys.readouterr().out
+    assert suite.main() == 2 and "another suite" in capsys.readouterr().err
     assert "1 skipped, failed: ['bad', 'hanging']" in said and "the time is out" in said
 
 
