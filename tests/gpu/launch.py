@@ -81,7 +81,7 @@ def _share_gpu() -> None:
 
 
 def _fork_writer() -> None:
-    """Megatron spawns its writer of checkpoints, which asks for CUDA; a fork has the CPU runtime."""
+    """Megatron spawns a writer of checkpoints, which asks for CUDA; a fork has the CPU runtime."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_dft.flags import device
