@@ -1,4 +1,4 @@
-"""Megatron's C++ index helpers: made where they are missing, left alone where a wheel brings them."""
+"""Megatron's C++ index helpers: made where they are missing, and not where a wheel brings them."""
 
 import pytest
 
