@@ -116,7 +116,7 @@ RUN, CPU = plan.Run("te", like="cpu"), plan.Run("cpu")
     ("losses", "norm", "holds"),
     [
         ([5.0, 4.0], 1.0, True),
-        ([5.00001, 4.0004], 1.000001, True),
+        ([5.00001, 4.0001], 1.000001, True),
         ([5.001, 4.0], 1.0, False),  # the first step
         ([5.0, 4.01], 1.0, False),  # a later one
         ([5.0, 4.0], 1.01, False),  # the gradient
