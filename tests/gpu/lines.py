@@ -177,3 +177,4 @@ TRY = [
 ]  # fmt: skip
 
 SECTIONS = {"start": START, "parity": PARITY, "heads": [], "train": TRAIN, "try": TRY}
+EVERY = {run.name: run for runs in SECTIONS.values() for run in runs}
