@@ -112,6 +112,9 @@ class Suite:
     def together(self, section: str, runs: list[Run], until: float) -> None:
         """All runs of a section, some at a time, what others wait for first."""
         awaited = {name for r in runs for name in r.awaited}
+        # What another section would have run, where it is left out.
+        missing = awaited - self.done.keys() - {r.name for r in runs}
+        runs = [*runs, *(EVERY[name] for name in sorted(missing))]
         runs = sorted(runs, key=lambda r: (r.name not in awaited, bool(r.after)))
         self.done.update({r.name: threading.Event() for r in runs})
         at_once = (os.cpu_count() or 2) if self.rehearse else _AT_ONCE
@@ -128,7 +131,8 @@ class Suite:
 
     def begin_models(self, sections: list[str]) -> None:
         """Make what the runs start from; the large ones are made while the tiny ones train."""
-        kinds = dict.fromkeys(r.model for name in sections for r in SECTIONS[name])
+        runs = [r for name in sections for r in SECTIONS[name]]
+        kinds = dict.fromkeys(r.model for r in runs)
         for kind in sorted(kinds, key=lambda k: k in SHAPES):
             if not (self.out / kind).exists():
                 self.made[kind] = self.threads.submit(self._make, kind)
@@ -249,7 +253,8 @@ def main() -> int:
         return 2
     whole = WHOLE * (_PATIENCE if args.rehearse else 1) - args.spent
     suite = Suite(args.out.resolve(), time.monotonic() + whole, args.rehearse)
-    signal.signal(signal.SIGTERM, _cut_off)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _cut_off)
     suite.begin_models(sections)
     for name in sections:
         suite.section(name)

@@ -65,6 +65,14 @@ def test_a_run_loads_what_another_has_saved():
             assert saved[run.flags["load"]] in run.after, run.name
 
 
+def test_a_section_alone_has_what_its_runs_are_compared_with(tmp_path, monkeypatch):
+    seen = []
+    alone = suite.Suite(tmp_path, until=1e12)
+    monkeypatch.setattr(alone, "run", lambda section, run, until: seen.append(run.name))
+    alone.together("try", lines.TRY, until=1e12)
+    assert {"cpu", "cpu-unpacked"} <= set(seen) and len(seen) == len(set(seen))
+
+
 def test_every_objective_is_among_the_checked_values():
     from megatron_dft.losses import registry
     from tests.gpu import values
@@ -228,6 +236,7 @@ def test_the_training_benchmark_s_goals():
         "train dft over plain cross entropy": False,
         "train dft-drift-anchor": False,  # not timed
         "train asft-reference": False,
+        "train dft-megatron-ce": False,
     }
     (*_, goals) = check.judge_training(slow, None)
     assert goals["holds"] is False and "every run was timed: False" in goals["why"]
