@@ -38,6 +38,7 @@ class Suite:
 
     def __init__(self, out: Path, until: float, rehearse: bool = False) -> None:
         self.out, self.until, self.rehearse = out, until, rehearse
+        self.due = time.monotonic()  # the end of the sections so far, were each to take its limit
         self.done: dict[str, threading.Event] = {}
         self.made: dict[str, Future[int]] = {}
         self.threads = ThreadPoolExecutor(4)
@@ -202,8 +203,9 @@ class Suite:
         line(*benchmark)
 
     def section(self, name: str) -> None:
-        """Run one section within its time limit."""
-        until = time.monotonic() + LIMITS[name] * (_PATIENCE if self.rehearse else 1)
+        """Run one section within its time limit, and what the sections before it have left."""
+        self.due += LIMITS[name] * (_PATIENCE if self.rehearse else 1)
+        until = self.due
         self.models(SECTIONS[name])
         if name == "train":
             self.train(until)
