@@ -78,11 +78,12 @@ def claims(found: Found) -> str:
 
 def sweep(found: Found) -> str:
     """Which choices lie at an edge of their sweep: a better one may lie outside."""
-    edge = [
-        name
-        for name, scores in found["sweep"].items()
-        if len(scores) > 1 and max(scores, key=scores.__getitem__) in (*scores,)[:: len(scores) - 1]
-    ]
+    swept = {name: scores for name, scores in found["sweep"].items() if len(scores) > 1}
+    if not swept:
+        return "No method had a choice."
+    best = {name: max(scores, key=scores.__getitem__) for name, scores in swept.items()}
+    ends = {name: sorted(scores, key=float) for name, scores in swept.items()}
+    edge = [name for name in swept if best[name] in (ends[name][0], ends[name][-1])]
     if not edge:
         return "Every choice lies inside its sweep."
     return f"At an edge of the sweep, so that a better one may lie outside: {_named(edge)}."

@@ -157,6 +157,12 @@ def test_the_report_holds_every_methods_curve(toy):
     assert runner.calls.count("es") == 2 and runner.calls.count("measure") == 1
 
 
+def test_the_committed_report_is_what_its_figures_say():
+    here = Path(results.__file__).parent
+    found = json.loads((here / "RESULTS.json").read_text(encoding="utf-8"))
+    assert results.markdown(found) == (here / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_the_command_is_what_gives_the_size():
     for words in ([], ["--seeds", "2", "--population", "4"], ["--quick", "--iterations", "4"]):
         size = sizes.settings_of(sizes.parse("", words))
