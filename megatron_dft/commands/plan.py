@@ -121,13 +121,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace) -> memory.Job:
-    needs = registry.get(args.loss, weight_from=args.dft_weight_from).needs
+    objective = registry.get(args.loss, weight_from=args.dft_weight_from)
+    needs = objective.needs
     kl = "kl" in needs or args.kl_coeff != 0
-    if kl and args.dft_reference_scores:
+    if (kl or objective.wants_mass) and args.dft_reference_scores:
         raise ValueError(
-            f"--dft-reference-scores: --loss {args.loss} with --kl-coeff {args.kl_coeff:g} "
-            "compares whole distributions, expected no stored scores; drop it, and a frozen model "
-            "is held"
+            f"--dft-reference-scores: --loss {args.loss} with --kl-coeff {args.kl_coeff:g} and "
+            f"--dft-weight-from {args.dft_weight_from} compares whole distributions, expected no "
+            "stored scores; drop it, and a frozen model is held"
         )
     return memory.Job(
         args.seq_length,

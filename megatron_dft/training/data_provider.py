@@ -77,7 +77,8 @@ def check_first_rows(args: Any, rows: int) -> None:
 
 def _of_validation(flag: str, shuffle: bool) -> dict[str, Any]:
     """What evaluation does not take from training's rows: their order, and what they are."""
-    rows = {"rows": RowKind()} if flag == "--valid-data" else {}
+    pairs = settings().objective.entry.per_pair
+    rows = {"rows": RowKind()} if flag == "--valid-data" and not pairs else {}
     return rows if shuffle else {**rows, "in_order": False}
 
 

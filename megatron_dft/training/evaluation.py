@@ -16,6 +16,12 @@ from megatron_dft.losses.report import CROSS_ENTROPY, SOURCE
 from megatron_dft.storage import terminal
 from megatron_dft.training.progress import short_figures
 
+_PAIRS = (
+    ("dpo loss", "dpo loss"),
+    ("rewards/accuracies", "pairs right"),
+    ("rewards/margins", "margin"),
+)
+
 
 class Evaluation:
     """Hooked into Megatron's evaluation by `install`; args: Megatron's."""
@@ -44,6 +50,7 @@ class Evaluation:
     def _say(self, figures: dict[str, float], step: int) -> None:
         parts = [f"evaluation after step {step}", f"{CROSS_ENTROPY} {figures[CROSS_ENTROPY]:.4f}"]
         parts += short_figures(figures)
+        parts += [f"{short} {figures[name]:.4f}" for name, short in _PAIRS if name in figures]
         items = [name for name in figures if name.startswith(SOURCE)]
         # The last part of a path tells them apart, mostly.
         short = {name: Path(name.removeprefix(SOURCE)).name for name in items}
