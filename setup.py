@@ -34,6 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_dft", "megatron_dft.*"]),
+    package_data={"megatron_dft.flags": ["help.json"]},
     install_requires=[
         # 0.19 is the first wheel whose training loop takes a model builder and a config container.
         "megatron-core[training]>=0.19,<0.21",

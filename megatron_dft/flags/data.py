@@ -21,6 +21,25 @@ DEFAULT_MAX_BAD_ROWS = 0.001
 WRONG_REWARD = -0.2
 
 
+def add_layout(group: Any) -> None:
+    """Adds the flags of what a row is to a parser or group, for every command that reads rows."""
+    group.add_argument(
+        "--data-format",
+        choices=FORMATS,
+        default=None,
+        help="layout of the rows; recognised by their columns where it is not given",
+    )
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        default=[],
+        help="where the rows have other names: prompt=question completion=answer trains text as it "
+        "stands, instruction=question output=answer puts it through the chat template; also "
+        "messages=, conversations=, input=, history=, system=, tools=, weight=",
+    )
+
+
 def add_arguments(group: Any) -> None:
     """Adds the data flags to an argparse parser or group (shared by train and inspect-data)."""
     add = group.add_argument
@@ -52,21 +71,7 @@ def add_arguments(group: Any) -> None:
         "--train-data and evaluate on them; rows are chosen by their content, so that every run "
         "with the same data holds out the same, and copies of a row stay together",
     )
-    add(
-        "--data-format",
-        choices=FORMATS,
-        default=None,
-        help="layout of the rows; recognised by their columns where it is not given",
-    )
-    add(
-        "--columns",
-        nargs="+",
-        metavar="NAME=COLUMN",
-        default=[],
-        help="where the rows have other names: prompt=question completion=answer trains text as it "
-        "stands, instruction=question output=answer puts it through the chat template; also "
-        "messages=, conversations=, input=, history=, system=, tools=, weight=",
-    )
+    add_layout(group)
     add(
         "--mask-history",
         action="store_true",
