@@ -65,7 +65,7 @@ def prift_mass_loss(logits, labels, mask, base_logits):
     log_p = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     q = base_logits.softmax(-1)
     u = torch.where(q <= q.gather(-1, labels[:, None]), q, 0.0).sum(-1)
-    return (-(u >= 0.5) * log_p * mask).sum()
+    return -(torch.where(u >= 0.5, log_p, 0.0) * mask).sum()
 
 
 def target_loss(logits, labels, mask, base_logits, eta):
