@@ -4,9 +4,10 @@
 hold.
 """
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -187,18 +188,47 @@ def the_row_filter_changes_the_gradient_within_its_bound() -> None:
     assert norm_error(weights[1], weights[0]) <= 5e-2
 
 
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def a_head_does_not_wait_for_the_gpu() -> None:
+    """Every objective that has all it needs, with the mask in host memory, as the step has it."""
+    case = head_case(torch.bfloat16)
+    mask, segments = case["mask"].cpu(), torch.arange(512, device="cuda") // 9
+    log_ref = torch.full((512,), -1.0, device="cuda")
+    for name in PARAMETERS:
+        objective = registry.get(name.split("/")[0], **PARAMETERS[name])
+        stats = data_stats(segments, log_ref) | {"num_segments": 57}
+        more = {}
+        if "kl" in objective.needs:
+            near = case["weight"] * 1.01
+            more = {"reference_hidden": case["hidden"].clone(), "reference_weight": near}
+        for turn in range(2):  # the first call compiles
+            hidden, weight = (case[n].clone().requires_grad_() for n in ("hidden", "weight"))
+            with waiting_is_an_error() if turn else contextlib.nullcontext():
+                out = linear_head_loss(
+                    hidden, weight, case["labels"], objective=objective, mask=mask, stats=stats,
+                    **more,
+                )  # fmt: skip
+                out.loss.sum().backward()
+        assert hidden.grad.any() and weight.grad.any(), name
+
+
 def a_loss_from_logits_does_not_wait_for_the_gpu() -> None:
     case = logits_case(131_072, torch.bfloat16)
     logits = case["logits"].requires_grad_()
     objective = registry.get("dft")
     for _ in range(2):  # the first call compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             loss, _ = vocab_parallel_loss(logits, case["target"], None, objective)
             loss.sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert logits.grad.any()
 
 
@@ -211,7 +241,8 @@ CHECKS: dict[str, Callable[[], None]] = {
        for name, memory in (("kept", 64 * MIB), ("recomputed", 3 * MIB))},
     "dW in main_grad": dw_in_main_grad_over_two_micro_batches_and_two_uses,
     "row filter": the_row_filter_changes_the_gradient_within_its_bound,
-    "no waiting": a_loss_from_logits_does_not_wait_for_the_gpu,
+    "no waiting, head": a_head_does_not_wait_for_the_gpu,
+    "no waiting, logits": a_loss_from_logits_does_not_wait_for_the_gpu,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """One training run of the GPU suite: `megatron_dft.train` with what a measurement needs.
 
 python -m tests.gpu.launch [--hide PACKAGE] [--figures FILE] [--plain] [--profile FILE]
-    [--gate FILE] [--share-gpu] [--fusion] [--allow FLAG] [--env NAME=VALUE] -- FLAGS
+    [--gate FILE] [--share-gpu] [--fusion] [--allow FLAG] [--env NAME=VALUE]
+    [--fork-writer] -- FLAGS
 """
 
 import argparse
@@ -18,6 +19,7 @@ def main() -> int:
     """The exit status of the run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hide", action="append", default=[], help="import fails as if absent")
+    parser.add_argument("--fork-writer", action="store_true", help="--async-save on a CPU too")
     parser.add_argument("--env", action="append", default=[], help="NAME=VALUE, before any import")
     parser.add_argument("--allow", action="append", default=[], help="a refused flag's destination")
     parser.add_argument("--figures", type=Path, help="each step's figures, one JSON object a line")
@@ -35,6 +37,8 @@ def main() -> int:
         _allow(name)
     if given.share_gpu:
         _share_gpu()
+    if given.fork_writer:
+        _fork_writer()
     if given.fusion:
         _fuse()
     from megatron_dft import train
@@ -74,6 +78,21 @@ def _share_gpu() -> None:
 
     torch.cuda.set_device = lambda device: choose(0)
     torch.distributed.init_process_group = init_process_group
+
+
+def _fork_writer() -> None:
+    """Megatron spawns a writer of checkpoints, which asks for CUDA; a fork has the CPU runtime."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    from megatron_dft.flags import device
+
+    start = PersistentAsyncCaller._get_process
+
+    def _get_process(rank: int, mp_mode: str = "spawn", *priorities: Any) -> Any:
+        return start(rank, "fork", *priorities)
+
+    PersistentAsyncCaller._get_process = _get_process
+    device._check_async_save = lambda args, on_cpu: None
 
 
 def _fuse() -> None:

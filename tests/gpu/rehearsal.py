@@ -38,6 +38,7 @@ def here(run: Run) -> Run:
     # Gradient accumulation fusion, which a GPU has by default, and which the heads' dW goes by.
     fused = not flags.get("no_gradient_accumulation_fusion") and run.flags.get("device") != "cpu"
     launch = run.launch + (("--fusion",) if fused and not run.program else ())
+    launch += ("--fork-writer",) if "async_save" in flags else ()
     says = tuple(words for words in run.says if not words.startswith(_NOT_SAID))
     return dataclasses.replace(run, flags=flags, launch=launch, says=says)
 
@@ -80,6 +81,8 @@ def _child(words: list[str], rank: int, ranks: int, log: Path, env: dict[str, st
         status = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:
         traceback.print_exc()
+    for helper in multiprocessing.active_children():  # as an interpreter does that ends by itself
+        helper.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

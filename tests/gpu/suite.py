@@ -27,7 +27,7 @@ from tests.ranks import free_port
 ROOT = Path(__file__).parents[2]
 EVERY = {run.name: run for runs in SECTIONS.values() for run in runs}
 _AT_ONCE = 14  # of the tiny runs, on 16 cores
-_PATIENCE = 60  # times the limits, in a rehearsal
+_PATIENCE = 20  # times the limits, in a rehearsal
 
 
 def chosen(runs: list[Run], only: str | None) -> list[Run]:
@@ -139,7 +139,7 @@ class Suite:
             self.done[run.name].set()
             self.note(section, run.name, False, "not run: the time is out", counts=run.counts)
             return ""
-        limit = run.limit * (_PATIENCE if self.rehearse else 1)
+        limit = run.limit * (4 if self.rehearse else 1)
         status, log, seconds = self.start(run, min(limit, self.left(until)))
         self.done[run.name].set()
         if run.like in self.done:
@@ -284,6 +284,9 @@ def main() -> int:
     if args.dry_run:
         _dry(sections, args.out)
         return 0
+    if (args.out / "results.json").exists():
+        print(f"{args.out} has the results of another suite; give a new --out", file=sys.stderr)
+        return 2
     whole = WHOLE * (_PATIENCE if args.rehearse else 1) - args.spent
     suite = Suite(args.out.resolve(), time.monotonic() + whole, args.rehearse)
     signal.signal(signal.SIGTERM, _cut_off)

@@ -4,8 +4,11 @@ import argparse
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,7 +116,7 @@ RUN, CPU = plan.Run("te", like="cpu"), plan.Run("cpu")
     ("losses", "norm", "holds"),
     [
         ([5.0, 4.0], 1.0, True),
-        ([5.00001, 4.0004], 1.000001, True),
+        ([5.00001, 4.0001], 1.000001, True),
         ([5.001, 4.0], 1.0, False),  # the first step
         ([5.0, 4.01], 1.0, False),  # a later one
         ([5.0, 4.0], 1.01, False),  # the gradient
@@ -123,6 +126,15 @@ def test_a_run_is_held_to_its_reference(figures, losses, norm, holds):
     figures("cpu", [5.0, 4.0])
     work = figures("te", losses, norm)
     assert check.judge(RUN, 0, "", work)[0] is holds
+
+
+def test_a_run_that_should_go_on_and_begins_anew_fails(figures):
+    work = figures("cpu", [5.0, 4.0])
+    figures("te", [5.0, 4.0])
+    resumed = plan.Run("te", flags=dict(load="WORK/ck"), like="cpu")
+    assert check.judge(resumed, 0, "", work) == (
+        False, "does not go on from the checkpoint: it begins at step 1"
+    )  # fmt: skip
 
 
 def test_a_run_that_ends_otherwise_fails(figures):
@@ -173,16 +185,22 @@ def test_the_drift_is_compared(figures, norm, holds):
     assert check.judge(RUN, 0, log, work, CPU)[0] is holds
 
 
-def test_a_hanging_process_ends_with_all_that_it_started(tmp_path):
-    text = "import os, time; os.fork(); open(f'{os.getpid()}', 'w').close(); time.sleep(60)"
+def _read(reader, size):
+    """What comes within 30 s, b"" at the pipe's end."""
+    return os.read(reader, size) if select.select([reader], [], [], 30)[0] else None
+
+
+def test_a_process_ends_with_all_that_it_started(tmp_path):
+    """A pipe ends when the last process that could write to it has."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    text = "import os, time; f = open('pipe', 'wb', 0); os.fork(); f.write(b'x'); time.sleep(99)"
     words = [sys.executable, "-c", text]
-    status = processes.run(words, tmp_path / "log", 1, tmp_path, dict(os.environ))
-    assert status == processes.TIME_IS_OUT
-    pids = [int(path.name) for path in tmp_path.iterdir() if path.name != "log"]
-    assert len(pids) == 2
-    for pid in pids:
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(processes.run, words, tmp_path / "log", 99, tmp_path, dict(os.environ))
+        assert _read(reader, 1) == _read(reader, 1) == b"x"
+        processes.end_all()
+        assert run.result(30) == -signal.SIGKILL and _read(reader, 1) == b""
 
 
 def test_a_rehearsal_is_on_the_cpu_and_small():
@@ -243,6 +261,7 @@ def test_the_table_and_the_results_of_a_section(tmp_path, monkeypatch, capsys):
         "elsewhere": None,
     }  # fmt: skip
     said = capsys.readouterr().out
+    assert suite.main() == 2 and "another suite" in capsys.readouterr().err
     assert "1 skipped, failed: ['bad', 'hanging']" in said and "the time is out" in said
 
 
