@@ -10,8 +10,11 @@ last one. Prints medians over the turns, and the median of the ratios of a turn.
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import statistics
@@ -51,11 +54,25 @@ def _timed(function: Callable[..., Any], spent: list[list[float]]) -> Callable[.
     return call
 
 
+def _import_all() -> None:
+    """Every module of a run: reading its source is no part of what is measured."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+    from megatron_dft import recovery, training
+    from megatron_dft.cpu import runtime
+
+    runtime.activate()  # before what takes names from Megatron
+    for room in (recovery, training):
+        for found in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            importlib.import_module(found.name)
+
+
 def _train(words: list[str]) -> Spent:
     """One run in this process; every place is timed outside of all that the tree puts around it."""
     import megatron.training as package
     from megatron.training import training
 
+    _import_all()
     from megatron_dft import train
 
     spent: Spent = {"data": [], "save": [], "load": [], "start": []}
@@ -108,6 +125,8 @@ def serve(tree: str) -> None:
     os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
     import megatron.training.training  # noqa: F401
     import transformers  # noqa: F401
+
+    gc.freeze()  # a collection of what was imported falls into whichever part is on
 
     for line in sys.stdin:
         print(json.dumps(_forked(json.loads(line))), flush=True)

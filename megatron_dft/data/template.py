@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_dft.data.bounds import TimeUp
@@ -191,7 +191,9 @@ class ChatTemplate:
                 "tools": tools or None,
                 "add_generation_prompt": prompt,
             }
-            context = template.new_context(names, shared=True)
+            # Not template.new_context, which lists all globals at each rendering for a template's
+            # own imports, of which a chat template has none.
+            context = Context(template.environment, names, template.name, template.blocks)
             return "".join(template.root_render_func(context))
         except (TemplateDateError, TimeUp, MemoryError):
             raise

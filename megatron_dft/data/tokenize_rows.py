@@ -110,7 +110,9 @@ def _nothing_in(group: Sequence[Encoded]) -> str | None:
     """Why a conversation, or both of a pair, teach nothing; None where they do."""
     for piece in group:
         # The first token is never predicted, so one token alone has nothing to learn from.
-        if len(piece.flagged) < 2 or not bool((piece.flagged[1:] & SUPERVISED).any()):
+        flags = piece.flagged[1:] & SUPERVISED
+        # What follows a text's last that trains is cut: looking at the end is nearly always enough.
+        if not len(flags) or not (flags[-1] or flags.any()):
             return "its assistant turns hold no token"
     if len(group) == 2 and np.array_equal(group[0].flagged, group[1].flagged):
         return "chosen and rejected are the same"
