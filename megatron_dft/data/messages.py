@@ -45,7 +45,7 @@ def conversation(
             found.trained.append(index)
             if row_weight != 1:
                 found.weights[index] = row_weight
-        found.messages.append(alias_reasoning(cleaned))
+        found.messages.append(alias_reasoning(cleaned) if len(cleaned) > 2 else cleaned)
     if not any(m["role"] == "assistant" for m in found.messages):
         raise RowError("it has no assistant turn")
     if not found.trained:

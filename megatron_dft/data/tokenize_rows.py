@@ -159,7 +159,7 @@ def decode_row(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return json.loads(raw.rstrip().decode("utf-8"), parse_constant=_refuse_constant)
+        return _DECODER.decode(raw.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}") from None
     except json.JSONDecodeError as error:
@@ -172,6 +172,10 @@ def decode_row(raw: Any) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise RowError(f"it holds {name}, which is not JSON")
+
+
+# json.loads would build one for every row.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def reason_kind(reason: str) -> str:

@@ -17,6 +17,8 @@ NULL_NOTE = "null inside the arguments of a tool call is trained as null"
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The row's tools as a list of JSON schemas; None where it names none."""
+    if "tools" not in row and "functions" not in row:
+        return None
     tools = _listed(row.get("tools"), "tools")
     functions = _listed(row.get("functions"), "functions")
     if tools and functions:
