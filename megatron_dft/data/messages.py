@@ -15,7 +15,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Every turn is rendered with all before it: a row of 2,048 messages takes a second, of 8,000 ten.
 MAX_MESSAGES = 2048
 _READ = {
-    "role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal",
+    "role", "content", "name", "tool_calls", "tool_call_id", "function_call",
     *REASONING_NAMES,
 }  # fmt: skip
 USER_NOTE = "messages that ask to train and are not the assistant's do not train"
@@ -84,7 +84,7 @@ def _clean_other_keys(cleaned: dict[str, Any], where: str, found: Conversation) 
     for key in REASONING_NAMES:
         if not isinstance(cleaned.get(key, ""), str):
             raise RowError(f"{where}: {key} must be text, not {kind_of(cleaned[key])}")
-    for key in ("name", "tool_call_id", "refusal", *REASONING_NAMES):
+    for key in ("name", "tool_call_id", *REASONING_NAMES):
         if key in cleaned:
             check_leaves(cleaned[key], f"{where}: {key}")
 
