@@ -12,6 +12,7 @@ Two ways to find the characters that train:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,10 @@ class TurnRenderer:
                 f"the chat template is given up on a plain conversation: {_limit(error)}; give "
                 "another with --chat-template FILE"
             ) from None
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        """For many calls of `render`: bounds.Bounded.batch."""
+        return self._bounded.batch()
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts to train on: one, or one for each turn where the template rewrites turns.

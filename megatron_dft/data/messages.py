@@ -58,7 +58,9 @@ def _message(
 ) -> dict[str, Any]:
     """The message in today's spelling, without the keys that say how it trains."""
     # Arrow fills absent fields with None; templates treat a present None as "None".
-    cleaned = {k: v for k, v in message.items() if v is not None or k == "content"}
+    cleaned = dict(message)
+    if None in cleaned.values():
+        cleaned = {k: v for k, v in message.items() if v is not None or k == "content"}
     role = cleaned.get("role")
     if role == "function":
         role = cleaned["role"] = "tool"
