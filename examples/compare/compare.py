@@ -32,6 +32,12 @@ from steps import Runner, StepFailed, Steps, run_process
 
 HERE = Path(__file__).resolve().parent
 LONGEST_ANSWER = 4  # [tokens] three digits and the end
+# Of the samples: the data of a method → what `verify` is told.
+KEPT: dict[str, list[Any]] = {
+    "kept": ["--keep", "correct"],
+    "judged": ["--keep", "all"],
+    "pairs": ["--keep", "pairs", "--per-prompt", 1],
+}
 
 
 class Comparison:
@@ -118,23 +124,13 @@ class Comparison:
         ]
         argv += ["--device", "cpu", "--out", samples]
         self.steps(f"sample-{seed}", "megatron_dft.cli", argv, [self.base, problems], samples)
-        for name, keep in (("kept", "correct"), ("judged", "all")):
-            out = self._data(name, seed)
-            argv = [
-                "verify",
-                samples,
-                *self.set.verifier,
-                "--workers",
-                1,
-                "--keep",
-                keep,
-                "--out",
-                out,
-            ]
-            inputs = [self.base, problems, settings]
-            self.steps(f"{name}-{seed}", "megatron_dft.cli", argv, inputs, out)
-        made = rows.pairs(folder / "judged.rewards.jsonl")
-        corpus.write_jsonl(self._data("pairs", seed), made)
+        needed = {METHODS[name].data for name in self.methods}
+        for name, keep in KEPT.items():
+            if name in needed:
+                out = self._data(name, seed)
+                argv = ["verify", samples, *self.set.verifier, "--workers", 1, "--out", out, *keep]
+                inputs = [self.base, problems, settings]
+                self.steps(f"{name}-{seed}", "megatron_dft.cli", argv, inputs, out)
 
     def _training(
         self, model: Path, data: Path, batch: int, steps: int, lr: float, pairs: bool = False

@@ -7,6 +7,7 @@ from typing import Any
 
 import claims
 import curves
+import sentences
 import verdicts
 from report import markdown_table, summary
 from sizes import command
@@ -162,6 +163,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"Made by `{found['command']}`.",
         "![greedy accuracy along the curves](RESULTS.png)",
         "## At the end of training",
+        sentences.end(found),
         "Sampled: the probability that an answer drawn at temperature 1 is right, exactly. KL on "
         "the task: KL(base ‖ tuned) of the base's own answers, nats an answer. In principal "
         "directions: the share of ‖Δ‖² in the base's 8 leading singular directions of both sides, "
@@ -170,18 +172,22 @@ def markdown(found: dict[str, Any]) -> str:
         _score_table(found, "end", wall=True),
         f"## At matched score: the first of {models} models with greedy accuracy of at least "
         f"{found['matched_score']:.1%}",
-        "Methods that never reached it in some seed are left out.",
+        sentences.matched(found),
         _score_table(found, "matched", wall=False),
         "## Where the update lies: shares of ‖Δ‖²",
+        sentences.where(found),
         _where_table(found),
         "## Cosines between the updates (first seed)",
+        sentences.cosines(found),
         _cosine_table(found),
         "## What predicts what is forgotten",
         "Rank correlation, over all models of all curves, with the sorting and old facts lost: "
-        f"{correlations or 'nothing was lost'}.",
+        f"{correlations or 'nothing was lost'}. {sentences.forgetting(found)}".rstrip(),
         "## Are the claims seen here?",
+        sentences.claims(found),
         _claims_table(found["claims"]),
         "## Sweeps: greedy accuracy on other problems, first seed (σ for ES, else learning rates)",
+        sentences.sweep(found),
         markdown_table(["", *([""] * max(map(len, found["sweep"].values())))], [
             row + [""] * (1 + max(map(len, found["sweep"].values())) - len(row)) for row in sweep
         ]),

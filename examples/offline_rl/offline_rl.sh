@@ -5,16 +5,17 @@
 #   bash examples/offline_rl/offline_rl.sh
 #
 # 1. start   a few steps of SFT on 24 worked problems: the model learns to answer in the asked form
-# 2. sample  4 answers at temperature 1 to each of 150 other problems; kill -9 in the middle, and on again
+# 2. sample  4 answers at temperature 1 to each of 200 other problems; kill -9 in the middle, and on again
 # 3. verify  the answers behind #### are compared with the right ones; right ones are kept
-# 4. train   offline DFT and SFT on the same kept samples, the same steps and learning rate
-# 5. score   exact match on 100 held-out problems in other words: sampled (Avg@4) and greedy
+# 4. train   offline DFT and SFT on the same kept samples, the same steps, each at three learning rates
+# 5. choose  each method's best rate, by its answers to 50 more problems in the training's words
+# 6. score   exact match on 200 held-out problems in other words: sampled (Avg@2) and greedy
 #
 # Everything lands in runs/offline_rl. It may be interrupted and run again: finished steps are kept.
 set -euo pipefail
 case ${1:-} in
     -h | --help)
-        sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit
         ;;
 esac
@@ -24,7 +25,8 @@ cd "$root"
 setup_env quickstart
 started=$SECONDS
 work=${WORK:-runs/offline_rl} quick=examples/quickstart
-demonstrations=24 problems=150 held_out=100 warm_steps=8 steps=30
+demonstrations=24 problems=200 choosing=50 held_out=200 warm_steps=8 steps=30
+rates=(5e-5 1e-4 2e-4)
 mkdir -p "$work"
 
 # glibc gives every large buffer back to the kernel and takes page faults for the next one.
@@ -37,16 +39,16 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 dft() { "$python" -m megatron_dft.cli "$@"; }
 
-# train NAME MODEL DATA LOSS STEPS THREADS
+# train NAME MODEL DATA LOSS RATE STEPS THREADS
 train() {
     if [ -e "$work/$1/done" ]; then
         say "$1: kept"
         return
     fi
-    say "$1: $5 steps of $4 (log: $work/$1.log)"
-    OMP_NUM_THREADS=$6 dft train --hf-model "$2" --loss "$4" --train-data "$3" --device cpu \
-        --seq-length 384 --micro-batch-size 1 --global-batch-size 1 --train-iters "$5" \
-        --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.1 \
+    say "$1: $6 steps of $4 at $5 (log: $work/$1.log)"
+    OMP_NUM_THREADS=$7 dft train --hf-model "$2" --loss "$4" --train-data "$3" --device cpu \
+        --seq-length 384 --micro-batch-size 1 --global-batch-size 1 --train-iters "$6" \
+        --lr "$5" --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-fraction 0.1 \
         --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 1 \
         --log-interval 1 --eval-iters 0 --save-hf "$work/$1" --overwrite >"$work/$1.log" 2>&1 ||
         die "$1 failed; the end of $work/$1.log: $(tail -n 20 "$work/$1.log")"
@@ -69,12 +71,13 @@ samples_of() { cat "$1"/samples.*.jsonl | sort; }
 
 [ -d "$work/model" ] || "$python" "$quick/model.py" --out "$work/model"
 export HF_HUB_OFFLINE=1
-"$python" "$quick/arithmetic.py" --out "$work" --train $((demonstrations + problems)) \
+"$python" "$quick/arithmetic.py" --out "$work" --train $((demonstrations + problems + choosing)) \
     --held-out "$held_out" >"$work/data.log"
 head -n "$demonstrations" "$work/train.jsonl" >"$work/demonstrations.jsonl"
-tail -n "$problems" "$work/train.jsonl" >"$work/problems.jsonl"
+tail -n "$choosing" "$work/train.jsonl" >"$work/choosing.jsonl"
+tail -n +$((demonstrations + 1)) "$work/train.jsonl" | head -n "$problems" >"$work/problems.jsonl"
 
-train start "$work/model" "$work/demonstrations.jsonl" sft "$warm_steps" 2
+train start "$work/model" "$work/demonstrations.jsonl" sft 5e-5 "$warm_steps" 2
 
 if [ ! -e "$work/samples/drawn" ]; then
     say "samples: kill -9 as soon as the first are stored"
@@ -99,19 +102,24 @@ say "killed and unbroken: the same $(samples_of "$work/samples_unbroken" | wc -l
 verifier=(--verifier exact --marker '####')
 dft verify "$work/samples" "${verifier[@]}" --keep correct --out "$work/kept.jsonl"
 
-train dft "$work/start" "$work/kept.jsonl" dft "$steps" 1 &
-dft_run=$!
-train sft "$work/start" "$work/kept.jsonl" sft "$steps" 1
-wait "$dft_run"
+for rate in "${rates[@]}"; do
+    train "dft-$rate" "$work/start" "$work/kept.jsonl" dft "$rate" "$steps" 1 &
+    dft_run=$!
+    train "sft-$rate" "$work/start" "$work/kept.jsonl" sft "$rate" "$steps" 1
+    wait "$dft_run"
+done
 
-# score DIR FLAG…: two processes draw, then the scores come
+# score DIR SET MODELS… -- FLAG…: two processes draw, then the scores come
 score() {
-    local out=$1 first
-    shift
+    local out=$work/$1 set=$1=$work/$2.jsonl first models=()
+    shift 2
+    while [ "$1" != -- ]; do
+        models+=("$1")
+        shift
+    done
     local evaluate=(
-        evaluate --models start="$work/start" sft="$work/sft" dft="$work/dft"
-        --sets held_out="$work/held_out.jsonl" --max-tokens 40 --batch-size 60 --device cpu
-        --dtype "$dtype" "${verifier[@]}" --out "$out" "$@"
+        evaluate --models "${models[@]}" --sets "$set" --max-tokens 40 --batch-size 60 --device cpu
+        --dtype "$dtype" "${verifier[@]}" --out "$out" "${@:2}"
     )
     dft "${evaluate[@]}" --part 0/2 &
     first=$!
@@ -119,8 +127,28 @@ score() {
     wait "$first"
     dft "${evaluate[@]}"
 }
+best_rate() {
+    "$python" - "$work/choice/scores.json" "$1" <<'END'
+import json, sys
+
+scores = json.load(open(sys.argv[1]))["scores"]
+rates = {name: by_set["choice"]["avg@2"]["value"] for name, by_set in scores.items()}
+print(max((r for r in rates if r.startswith(sys.argv[2])), key=rates.get).split("-", 1)[1])
+END
+}
+candidates=()
+for rate in "${rates[@]}"; do
+    candidates+=("sft-$rate=$work/sft-$rate" "dft-$rate=$work/dft-$rate")
+done
+say "the rates, on problems that no test holds"
+score choice choosing "${candidates[@]}" -- --samples 2 --temperature 1
+best_sft=$(best_rate sft) best_dft=$(best_rate dft)
+say "the best: sft at $best_sft, dft at $best_dft"
+tested=("start=$work/start" "sft=$work/sft-$best_sft" "dft=$work/dft-$best_dft")
 say "scores, sampled at temperature 1"
-score "$work/sampled" --samples 4 --temperature 1
+score sampled held_out "${tested[@]}" -- --samples 2 --temperature 1
 say "scores, greedy"
-score "$work/greedy" --samples 1 --temperature 0
+score greedy held_out "${tested[@]}" -- --samples 1 --temperature 0
 say "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s; everything is in $work"
+say "processor time, of this shell and of all it started (user, system):"
+times

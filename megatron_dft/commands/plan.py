@@ -121,13 +121,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace) -> memory.Job:
-    needs = registry.get(args.loss, weight_from=args.dft_weight_from).needs
+    objective = registry.get(args.loss, weight_from=args.dft_weight_from)
+    needs = objective.needs
     kl = "kl" in needs or args.kl_coeff != 0
-    if kl and args.dft_reference_scores:
+    if (kl or objective.wants_mass) and args.dft_reference_scores:
         raise ValueError(
-            f"--dft-reference-scores: --loss {args.loss} with --kl-coeff {args.kl_coeff:g} "
-            "compares whole distributions, expected no stored scores; drop it, and a frozen model "
-            "is held"
+            f"--dft-reference-scores: --loss {args.loss} with --kl-coeff {args.kl_coeff:g} and "
+            f"--dft-weight-from {args.dft_weight_from} compares whole distributions, expected no "
+            "stored scores; drop it, and a frozen model is held"
         )
     return memory.Job(
         args.seq_length,
@@ -198,11 +199,13 @@ def run(args: argparse.Namespace) -> int:
     print(
         "tokens/s is an estimate from one measured GPU and the links' published speeds "
         "(megatron_dft/cluster/speed.py), good for the order; nothing above "
-        f"{ranking.FULL:.0%} of the memory comes before what is below"
+        f"{ranking.FULL:.0%} of the memory comes before what is below, and within 5 % the one with "
+        "fewer splits comes first"
     )
     if tokens is not None:
         hours = tokens / best.tokens_per_second / 3600
-        print(f"{tokens:,.0f} tokens: about {hours:.2g} hours with the first")
+        said = f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+        print(f"{tokens:,.0f} tokens: about {said} hours with the first")
     flags = [*_flags(best.layout, job), "--loss", args.loss]
     if args.kl_coeff:
         flags += ["--kl-coeff", f"{args.kl_coeff:g}"]

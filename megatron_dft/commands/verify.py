@@ -73,13 +73,15 @@ def run(args: argparse.Namespace) -> int:
     _tell("verifier", strange)
     kept, left = select(rewarded, rules, raw)
     rows = list(training_rows(kept, rules, raw))
+    alone = Skips()
     if args.keep == "pairs":
         pairs, alone = pair_up(kept, args.threshold, args.per_prompt)
         _tell("in no pair", alone)
         rows = list(pair_rows(pairs, raw))
     _tell("left out", left)
     if not rows:
-        raise ValueError(f"--keep {args.keep}: no sample is left to train on: {left}")
+        why = "; ".join(str(found) for found in (left, alone) if found.counts)
+        raise ValueError(f"--keep {args.keep}: no sample is left to train on: {why}")
     write_whole(args.out, json_lines(rows))
     of = len({row["prompt_number"] for row in rows})
     print(f"{args.out}: {len(rows):,} rows of {of:,} prompts")

@@ -111,7 +111,3 @@ class DatasetOptions:
             raise ValueError(
                 f"--data-format {self.data_format}: rows are pairs of chosen and rejected; drop it"
             )
-        if self.valid_share:
-            raise ValueError(
-                "--valid-share: evaluation is on conversations, not on pairs; give --valid-data"
-            )

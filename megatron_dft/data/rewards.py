@@ -32,6 +32,6 @@ def reward_of(row: Mapping[str, Any], kind: RowKind) -> float:
         raise RowError(f'"reward" must be a finite number, not {shown(value)}')
     if kind.name == "weighted" and reward < 0:
         raise RowError(
-            f'"reward" is {shown(value)}: a weight is at least 0, --loss rift takes negative ones'
+            f'"reward" is {shown(value)}: a weight has no sign, --loss rift takes negative ones'
         )
     return reward or kind.wrong_reward

@@ -104,8 +104,8 @@ def where(report: Report) -> str:
         if over:
             sides = {"on": [k for k, v in over.items() if v > 2]}
             sides["off"] = [k for k, v in over.items() if v < 0.5]
-            named = [f"{side} them: {', '.join(who)}" for side, who in sides.items() if who]
-            verdict = "; ".join(named) or "neither on nor off them"
+            named = [f"{side} them lie {', '.join(who)}" for side, who in sides.items() if who]
+            verdict = ", ".join(named) or "none lies on or off them"
             text = _span(over, lambda v: f"{v:.2g} times")
             parts.append(
                 f"The base's {k} leading directions hold {text} what a random update would put "

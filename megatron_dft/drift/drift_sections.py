@@ -60,8 +60,8 @@ def _principal_table(report: Report, ks: list[str]) -> Table:
         columns.principal(m["model"], ks[-1], "residual") or 0.0 for m in report["methods"].values()
     )
     caption = (
-        f"The directions are those of a base within {worst:.2g} σ₁ of the real one (mean over the "
-        "matrices, largest k); by chance: for the first method's matrices."
+        f"The directions are exact for a base within {worst:.2g} σ₁ of the real one (mean over the "
+        "matrices, largest k). By chance: a random update of the first method's matrices."
     )
     return Table(("share of ‖Δ‖²", *report["methods"], "by chance"), rows, caption)
 
@@ -117,8 +117,11 @@ def _agreement(report: Report) -> Section:
         [
             _picture("agreement", where_plots.agreement(report), "The whole updates."),
             *(
-                _picture(f"agreement_{level}", where_plots.agreement_by(report, level), "")
-                for level in ("layers", "modules")
+                _picture(f"agreement_{level}", where_plots.agreement_by(report, level), caption)
+                for level, caption in (
+                    ("layers", "Each pair of methods, layer by layer."),
+                    ("modules", "Each pair of methods, by kind of weight."),
+                )
             ),
         ],
         meaning=conclusions.agreement(report),

@@ -55,7 +55,7 @@ def layers(report: Report) -> bytes:
     if moved and max(moved) > 10 * min(moved):
         left.set(yscale="log")
     else:
-        left.set_ylim(bottom=0)
+        style.from_zero(left)
     right.set(title="Share of weights unchanged (load dtype)", ylim=(-0.02, 1.02))
     style.legend(picture, left)
     return style.png(picture)
@@ -67,7 +67,7 @@ def modules(report: Report) -> bytes:
     by_module(left, report, lambda row: row["relative_norm"])
     by_module(right, report, lambda row: row["unchanged"])
     left.set(title="Relative update norm ‖Δ‖/‖θ₀‖")
-    left.set_ylim(bottom=0)
+    style.from_zero(left)
     right.set(title="Share of weights unchanged (load dtype)", ylim=(-0.02, 1.02))
     style.legend(picture, left)
     return style.png(picture)
@@ -93,7 +93,7 @@ def heatmaps(report: Report) -> bytes:
             found["modules"],
             found["relative_norm"],
             (low if is_wide else 0, top),
-            written=False,
+            meaning="‖Δ‖/‖θ₀‖",
             log=is_wide,
         )
         ax.set(title=style.plain(label), ylabel="layer")
@@ -141,7 +141,9 @@ def ranks(report: Report) -> bytes:
                 kinds.append(row["module"])
             low = row["update_norm"] ** 2 / (row["sigma1"] + row["sigma1_error"]) ** 2
             look = style.point(kinds.index(row["module"])) | {"markersize": 5}
-            place, rank = int(row["layer"]), row["stable_rank"]
+            # The kinds of one layer stand side by side.
+            place = int(row["layer"]) + 0.08 * (kinds.index(row["module"]) % 7 - 3)
+            rank = row["stable_rank"]
             ax.plot([place, place], [low, rank], color=look["color"], lw=0.8, alpha=0.5)
             ax.plot([place], [rank], **look)
         ax.set(

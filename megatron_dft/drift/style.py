@@ -9,7 +9,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = ("#1f5fa8", "#d1661a", "#2b8a4b", "#9a3fa0", "#b02a37", "#6b7280", "#0f8b8d", "#c29000")
+COLOURS = (
+    "#1f5fa8", "#d1661a", "#2b8a4b", "#9a3fa0", "#b02a37", "#6b7280", "#0f8b8d", "#c29000",
+    "#3b3f8f", "#e0709a", "#7a4a21", "#6f8f1a",
+)  # fmt: skip
 INK, SOFT = "#1c2430", "#6b7280"
 _LONGEST = 60  # characters of a name
 _MARKERS = "os^DvPX*<>"
@@ -22,7 +25,7 @@ _DASHES: tuple[Any, ...] = (
     (0, (3, 1, 1, 1, 1, 1)),
     (0, (2, 2)),
 )
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "---")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "---", "|||", "**", "/.", "O-", "\\|")
 
 
 def figure(columns: int = 1, height: float = 3.6, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -73,7 +76,7 @@ def point(index: int) -> dict[str, Any]:
 
 
 def bar(index: int) -> dict[str, Any]:
-    """Colour and hatching of the index-th bar."""
+    """Colour and hatching of the index-th bar; no two of the first 13 share the hatching."""
     hatch = _HATCHES[index % len(_HATCHES)]
     return {"color": colour(index), "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
 
@@ -95,6 +98,13 @@ def number_layers(*axes: Axes) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def from_zero(ax: Axes) -> None:
+    """The axis from 0 on, with room above the highest mark even where all are alike."""
+    ax.axhline(0, linewidth=0)
+    ax.autoscale_view(scalex=False)
+    ax.set_ylim(bottom=0)
+
+
 def names(ax: Axes, labels: Sequence[str]) -> None:
     """Names below the axis, slanted so that none is cut."""
     shown = [plain(label) for label in labels]
@@ -108,10 +118,12 @@ def heat(
     columns: Sequence[str],
     cells: Sequence[Sequence[float | None]],
     limits: tuple[float, float],
-    written: bool,
+    meaning: str,
+    written: bool = False,
     log: bool = False,
 ) -> None:
-    """A table of colours from dark to light; `written`: each cell has its figure in it."""
+    """A table of colours from dark to light, `meaning` what they stand for; `written`: each cell
+    has its figure in it."""
     data = [[float("nan") if v is None else v for v in row] for row in cells]
     norm = LogNorm(*limits) if log else Normalize(*limits)
     image = ax.imshow(data, aspect="auto", cmap="cividis", norm=norm)
@@ -125,5 +137,11 @@ def heat(
         for j, value in enumerate(row):
             if value is not None:
                 ink = "white" if value < middle else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
-    picture.colorbar(image, ax=ax)
+                ax.text(j, i, _figure(value), ha="center", va="center", color=ink, fontsize=7)
+    picture.colorbar(image, ax=ax, label=meaning, fraction=0.08, pad=0.02)
+
+
+def _figure(value: float) -> str:
+    """Two digits without the zero in front: cells are narrow where there are many columns."""
+    text = f"{value:.2f}".replace("0.", ".", 1)
+    return ".00" if text == "-.00" else text

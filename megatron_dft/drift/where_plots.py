@@ -42,9 +42,9 @@ def near_zero(report: Report) -> bytes:
     base = next(iter(report["methods"].values()))["model"]["near_zero"]
     for ax in (left, right):
         ax.axhline(base, ls=":", lw=2, color=style.INK, label="of all weights")
-        ax.set_ylim(bottom=0)
-    left.set(title="Of the changed weights, near zero before: by layer")
-    right.set(title="by module")
+        style.from_zero(ax)
+    left.set(title="Changed weights near zero before: by layer")
+    right.set(title="Changed weights near zero before: by module")
     style.legend(picture, left)
     return style.png(picture)
 
@@ -69,8 +69,8 @@ def where_modules(report: Report) -> bytes:
     for ax in (left, right):
         ax.axhline(1, ls=":", lw=2, color=style.INK, label="a random update")
         ax.set(yscale="log")
-    left.set(title=f"Inside both subspaces, k = {k}, over chance: by layer")
-    right.set(title="by module")
+    left.set(title=f"Inside both, k = {k}, over chance: by layer")
+    right.set(title=f"Inside both, k = {k}, over chance: by module")
     style.legend(picture, left)
     return style.png(picture)
 
@@ -82,7 +82,7 @@ def agreement(report: Report) -> bytes:
     panels = (("cosine", "Cosine of the updates", -1), ("jaccard", "Jaccard index of supports", 0))
     for ax, (field, title, low) in zip(axes, panels, strict=True):
         cells = report["agreement"]["model"][field]
-        style.heat(picture, ax, labels, labels, cells, (low, 1), written=True)
+        style.heat(picture, ax, labels, labels, cells, (low, 1), field, written=True)
         ax.set(title=title)
     return style.png(picture)
 
@@ -97,7 +97,7 @@ def agreement_by(report: Report, level: str) -> bytes:
     for ax, (field, low) in zip(axes, (("cosine", -1), ("jaccard", 0)), strict=True):
         cells = [[found[level][key][field][i][j] for key in keys] for i, j in pairs]
         rows = [f"{labels[j]} · {labels[i]}" for i, j in pairs]
-        style.heat(picture, ax, rows, keys, cells, (low, 1), written=len(keys) <= 12)
+        style.heat(picture, ax, rows, keys, cells, (low, 1), field, written=len(keys) <= 12)
         ax.set(title=f"{field.capitalize()}, by {level[:-1]}", xlabel=level[:-1])
         if level == "layers" and len(keys) > 12:
             step = -(-len(keys) // 12)

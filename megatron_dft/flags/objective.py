@@ -82,6 +82,11 @@ def needs_kl(args: argparse.Namespace, objective: Objective) -> bool:
     return bool(args.kl_coeff) or "kl" in objective.needs
 
 
+def needs_distribution(args: argparse.Namespace, objective: Objective) -> bool:
+    """Whether the log-probabilities that a scoring run stores do not serve."""
+    return needs_kl(args, objective) or objective.wants_mass
+
+
 def check(args: argparse.Namespace, objective: Objective) -> None:
     """Raise one ValueError for what the objective or its reference cannot do."""
     known = frozenset(VOCABULARY_STATISTICS) | REFERENCE_STATISTICS | ROW_STATISTICS

@@ -7,7 +7,8 @@ import argparse
 from typing import Any
 
 from megatron_dft.data.reference_scores import FLAG, ReferenceScores
-from megatron_dft.flags.objective import has_virtual_stages, needs_kl
+from megatron_dft.flags import evaluation
+from megatron_dft.flags.objective import has_virtual_stages, needs_distribution
 from megatron_dft.losses.registry import Objective
 
 # What a scoring run has no use for: it takes no step, saves no checkpoint and writes no log files.
@@ -102,8 +103,10 @@ def check_training(args: argparse.Namespace, objective: Objective) -> None:
             f"{FLAG}: takes the place of --dft-reference-model {args.dft_reference_model}; drop "
             "one of the two"
         )
-    if needs_kl(args, objective):
+    if needs_distribution(args, objective):
         flag = "--kl-coeff" if args.kl_coeff else f"--loss {objective.name}"
+        if objective.wants_mass:
+            flag = f"--dft-weight-from {objective.weight_from}"
         raise ValueError(
             f"{FLAG}: holds the target token's probability alone, {flag} needs the reference's "
             "whole distribution; drop it, the frozen model is held then"
@@ -112,5 +115,10 @@ def check_training(args: argparse.Namespace, objective: Objective) -> None:
         raise ValueError(
             f"{FLAG}: --loss {objective.name} compares with nothing; drop it, or choose iw-sft, "
             "psft, dpo or --dft-weight-from reference"
+        )
+    if objective.entry.per_pair and (flag := evaluation.data_flag(args)) is not None:
+        raise ValueError(
+            f"{FLAG}: holds scores of the training pairs alone, {flag} needs the reference of its "
+            "own; drop one of the two, without scores a frozen model is held"
         )
     ReferenceScores(args.dft_reference_scores)

@@ -238,7 +238,9 @@ def add_arguments(group: Any, default: str = "dft") -> None:
         choices=WEIGHT_SOURCES,
         default="model",
         help="whose probability of the target the weight is a function of: the model's that is "
-        "trained, or the frozen reference's (PriFT, 2606.09396); for every --loss of p alone",
+        "trained, or the frozen reference's (PriFT-prob, 2606.09396), or in its place the mass of "
+        "what the reference finds no likelier than the target (PriFT-mass: --loss nll-threshold "
+        "--dft-threshold 0.5 --dft-weight-from reference-mass); for every --loss of p alone",
     )
     for name, entry in OBJECTIVES.items():
         for p in entry.parameters:

@@ -97,13 +97,14 @@ def loss_report(
     kl: Tensor | None = None,
     ends: Tensor | None = None,
     sources: tuple[Tensor, Sequence[str]] | None = None,
+    pairs: tuple[dict[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """name → fp32 [sum, count] of one micro-batch on one rank, in the form that Megatron sums up.
 
     Arguments as of `token_figures`.
     """
     names, sums = token_figures(
-        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends, sources
+        objective, cross_entropy, token_loss, weight, mask, correct, kl, ends, sources, pairs
     )
     report = {name: torch.stack([sums[i], sums[-1]]) for i, name in enumerate(names)}
     for count in [name for name in names if name.startswith(_COUNT)]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_dft.losses.token_stats import Terms, TokenLoss, TokenStats
 
-WEIGHT_SOURCES = ("model", "reference")
+# Whose probability a weight is a function of: "reference-mass" is prior_mass.py's.
+WEIGHT_SOURCES = ("model", "reference", "reference-mass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,11 @@ class Objective:
         if self.weight_from == "model":
             return self.entry.needs
         return self.entry.needs | {"reference_log_prob"}
+
+    @property
+    def wants_mass(self) -> bool:
+        """Whether `reference_log_prob` is log u of prior_mass.py, not log p."""
+        return self.weight_from == "reference-mass"
 
     @property
     def reference_share(self) -> float:

@@ -57,13 +57,13 @@ def reward_samples(
     if not samples:
         raise ValueError(f"{directory}: holds no sample yet")
     needs_answer = kind in ("math", "exact", "regex")
-    if needs_answer and all(p.answer is None for p in prompts.values()):
+    if needs_answer and not any(_is_answer(p.answer) for p in prompts.values()):
         raise ValueError(
             f"--verifier {kind}: no prompt of {directory} has a reference answer; name its "
             "column when sampling, --columns answer=COLUMN"
         )
     told = _progress(label, len(samples))
-    asked = [s for s in samples if not needs_answer or prompts[s["prompt"]].answer is not None]
+    asked = [s for s in samples if not needs_answer or _is_answer(prompts[s["prompt"]].answer)]
     tasks = [
         Task(prompts[s["prompt"]].messages, s["text"], prompts[s["prompt"]].answer) for s in asked
     ]
@@ -80,6 +80,11 @@ def reward_samples(
         )
         for s in samples
     ]
+
+
+def _is_answer(reference: Any) -> bool:
+    """An empty reference would make an empty answer right."""
+    return reference is not None and bool(str(reference).strip())
 
 
 def unusual(rewarded: Iterable[Rewarded]) -> Skips:

@@ -16,7 +16,10 @@ from torch import Tensor
 from megatron_dft.flags.settings import settings
 from megatron_dft.losses import registry
 from megatron_dft.losses.linear_head import linear_head_loss
+from megatron_dft.losses.prior_mass import log_mass
 from megatron_dft.losses.row_filter import RowFilter
+from megatron_dft.losses.supervised_rows import SupervisedRows
+from megatron_dft.losses.vocab_statistics import row_chunks
 from megatron_dft.step.batch import HeadFigures, MicroBatch, ReferenceHead
 
 _PLAIN = registry.get("sft")
@@ -87,12 +90,11 @@ def hidden_processor(
 
 
 @torch.no_grad()
-def reference_log_prob(batch: MicroBatch, output_layer: Any) -> Tensor:
-    """log p of the labels under the frozen model of `batch.reference_head`, fp32 [b, s]."""
-    assert batch.reference_head is not None
+def reference_log_prob(batch: MicroBatch, reference: ReferenceHead, output_layer: Any) -> Tensor:
+    """log p of the labels under the frozen model, fp32 [b, s]."""
     return linear_head_loss(
-        batch.reference_head.hidden,
-        batch.reference_head.weight,
+        reference.hidden,
+        reference.weight,
         batch.labels,
         objective=_PLAIN,
         mask=batch.supervised,
@@ -102,6 +104,20 @@ def reference_log_prob(batch: MicroBatch, output_layer: Any) -> Tensor:
         loss_memory=settings().route.memory,
         vocab_size=settings().vocab_size,
     ).log_prob
+
+
+@torch.no_grad()
+def reference_log_mass(batch: MicroBatch, reference: ReferenceHead, output_layer: Any) -> Tensor:
+    """log u of prior_mass.py under the frozen model, fp32 [b, s], 0 where not supervised."""
+    group, hidden = mpu.get_tensor_model_parallel_group(), reference.hidden
+    supervised = batch.supervised.bool().t().flatten()
+    rows = SupervisedRows(supervised, group, output_layer.sequence_parallel, hidden.device)
+    states, targets = rows.gather(hidden.flatten(0, 1)), rows.of(batch.labels.t().flatten())
+    found = states.new_empty(len(targets), dtype=torch.float32)
+    for part in row_chunks(len(targets), len(reference.weight), None, hidden.device):
+        logits = states[part] @ reference.weight.t()
+        found[part] = log_mass(logits, targets[part], group, vocab_size=settings().vocab_size)
+    return rows.spread(found).view(batch.labels.t().shape).t()
 
 
 @functools.cache

@@ -17,11 +17,13 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_dft.flags.settings import settings
+from megatron_dft.losses.prior_mass import log_mass
 from megatron_dft.losses.vocab_parallel import vocab_parallel_statistics
 from megatron_dft.step.batch import MicroBatch, get_batch
 from megatron_dft.step.chunked_head import (
     hidden_processor,
     output_processor,
+    reference_log_mass,
     reference_log_prob,
 )
 from megatron_dft.step.loss import loss_func
@@ -29,26 +31,36 @@ from megatron_dft.step.loss import loss_func
 
 def _run_reference(batch: MicroBatch, packed: PackedSeqParams | None, chunk: Any) -> None:
     """Let the frozen model see the micro-batch first; the last stage keeps what is compared."""
-    needs, head = settings().objective.needs, settings().route.head
-    wants_kl = get_args().kl_coeff or "kl" in needs
-    if wants_kl and head:
-        batch.reference_head = chunk.dft_reference(
+    objective, head = settings().objective, settings().route.head
+    wants_kl = get_args().kl_coeff or "kl" in objective.needs
+    if (wants_kl or objective.wants_mass) and head:
+        reference = chunk.dft_reference(
             batch, packed, labels=batch.labels, output_processor=hidden_processor
         )
-        if batch.reference_head is not None and "reference_log_prob" in needs:
-            batch.reference_log_prob = reference_log_prob(batch, chunk.output_layer)
-    elif wants_kl:
+        if reference is not None:
+            if "reference_log_prob" in objective.needs:
+                find = reference_log_mass if objective.wants_mass else reference_log_prob
+                batch.reference_log_prob = find(batch, reference, chunk.output_layer)
+            batch.reference_head = reference if wants_kl else None
+    elif wants_kl or objective.wants_mass:
         logits = chunk.dft_reference(batch, packed)
         if logits is not None:
-            chunk.dft_probe.reference_logits = logits
-            if "reference_log_prob" in needs:
-                group = mpu.get_tensor_model_parallel_group()
-                found = vocab_parallel_statistics(logits, batch.labels, group)
-                batch.reference_log_prob = found.log_prob
+            if "reference_log_prob" in objective.needs:
+                batch.reference_log_prob = _of_logits(logits, batch.labels, objective.wants_mass)
+            chunk.dft_probe.reference_logits = logits if wants_kl else None
     else:
         cross_entropy = chunk.dft_reference(batch, packed, labels=batch.labels)
         if cross_entropy is not None:
             batch.reference_log_prob = -cross_entropy.float()
+
+
+def _of_logits(logits: Tensor, labels: Tensor, mass: bool) -> Tensor:
+    """The reference's log p of the labels, or log u, fp32 [b, s]; logits [b, s, V/tp]."""
+    group = mpu.get_tensor_model_parallel_group()
+    if not mass:
+        return vocab_parallel_statistics(logits, labels, group).log_prob
+    found = log_mass(logits.flatten(0, 1), labels.flatten(), group)
+    return found.view_as(labels)
 
 
 def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[MicroBatch, Tensor]:
@@ -69,7 +81,8 @@ def run_model(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[M
     chunk = unwrap_model(model)
     if chunk.post_process:
         chunk.dft_probe.mask = batch.loss_mask
-    if batch.training and getattr(chunk, "dft_reference", None) is not None:
+    compares = batch.training or settings().objective.entry.per_pair
+    if compares and getattr(chunk, "dft_reference", None) is not None:
         _run_reference(batch, packed, chunk)
     output_tensor = model(
         batch.tokens,

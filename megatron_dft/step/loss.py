@@ -86,11 +86,14 @@ def loss_func(
     items = SOURCES if batch.training else VALID_SOURCES
     sources = None if batch.source_ids is None else (batch.source_ids, items)
     count = batch.loss_mask.sum().to(torch.int)
-    if not batch.training:
-        return loss, count, loss_report(None, *figures, sources=sources)
     objective, pairs = settings().objective, None
     if objective.entry.per_pair:
         pairs = _pairs(batch, cross_entropy, objective)
+    if not batch.training:
+        if pairs is not None:  # of a rejected answer a cross entropy says nothing
+            figures = (*figures[:3], _of_chosen(batch), *compared)
+        return loss, count, loss_report(None, *figures, sources=sources, pairs=pairs)
+    if pairs is not None:
         count = pairs[1].to(torch.int)
     names, sums = token_figures(objective.name, *figures, sources=sources, pairs=pairs)
     FIGURES.add(names, sums)
@@ -109,6 +112,12 @@ def _pairs(
     if mpu.get_context_parallel_rank() > 0:
         return {name: torch.zeros_like(value) for name, value in sums.items()}, number * 0
     return sums, number
+
+
+def _of_chosen(batch: MicroBatch) -> Tensor:
+    """The loss mask [b, s] of the preferred answers alone."""
+    segments = batch.token_stats()["segment_ids"]
+    return torch.where(segments % 2 == 0, batch.loss_mask, 0.0)
 
 
 def checked(loss: Tensor, cross_entropy: Tensor, mask: Tensor) -> Tensor:

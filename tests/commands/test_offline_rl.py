@@ -90,7 +90,22 @@ def test_nothing_to_train_on_is_one_line_and_keeps_the_rewards(prompts, tmp_path
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0 and "no sample is left to train on: 48 × not correct" in error
     assert len(lines(tmp_path / "k.rewards.jsonl")) == 48 and not (tmp_path / "k.jsonl").exists()
+    pairs = ("--keep", "pairs", "--out", tmp_path / "p.jsonl")
+    assert command("verify", tmp_path / "s", *bad, *pairs) == 2
+    assert "to train on: 48 × all of a prompt alike" in capsys.readouterr().err
     assert command("verify", tmp_path / "s", *verifier, "--out", tmp_path / "k.jsonl") == 0
+
+
+def test_an_empty_reference_is_none_and_makes_no_empty_answer_right(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"question": "1+1", "gold": "2"}, {"question": "2+1", "gold": " "}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with serving(lambda _, body: (200, answer(body, message={"content": "#### "}))) as server:
+        sampled(str(path), tmp_path / "s", server.url)
+    words = ("--verifier", "exact", "--marker", "####", "--keep", "all", "--out")
+    assert command("verify", tmp_path / "s", *words, tmp_path / "k.jsonl") == 0
+    assert "6 × prompt without a reference answer" in capsys.readouterr().out
+    assert {row["reward"] for row in lines(tmp_path / "k.jsonl")} == {0.0}
 
 
 def test_a_dead_server_is_one_line_and_status_2(prompts, tmp_path, capsys):

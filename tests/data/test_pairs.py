@@ -111,6 +111,23 @@ def test_both_answers_of_a_pair_lie_side_by_side_in_one_row(path, pad_multiple):
     assert texts[0].startswith("yes") and texts[1].startswith("no")
 
 
+def test_pairs_are_held_out_whole_and_read_once_in_evaluation(path):
+    train = _build(path, valid_share=0.4)
+    valid = _build(path, valid_share=0.4, held_out_part=True, shuffle=False, batch_multiple=4)
+    held = [valid.plan.members(index) for index in range(valid.rows_per_pass)]
+    assert len(held) == 4 and not len(held[-1]), "filled up with empty rows"
+    first = np.concatenate([members[::2] for members in held])
+    assert (np.concatenate([members[1::2] for members in held]) == first + 1).all()
+    rejected = [
+        {_text(data, n) for n in range(1, len(data.conversations), 2)} for data in (train, valid)
+    ]
+    assert list(map(len, rejected)) == [5, 4] and not rejected[0] & rejected[1]
+
+
+def _text(data, number):
+    return chatml_tokenizer().decode(_trained(data, number))
+
+
 def _trained(data, number):
     flagged = data.conversations[number]
     return (flagged[(flagged & SUPERVISED) != 0] & ID_MASK).astype(np.int64)
@@ -144,7 +161,6 @@ def test_bad_pairs_are_counted_by_kind(tmp_path):
         ({"packing": False}, "--no-packing: both answers"),
         ({"overlong": "truncate"}, "--overlong truncate: would cut"),
         ({"data_format": "messages"}, "--data-format messages: rows are pairs"),
-        ({"valid_share": 0.5}, "--valid-share: evaluation is on conversations"),
     ],
 )
 def test_options_that_do_not_go_with_pairs(path, options, words):

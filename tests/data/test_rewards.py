@@ -45,7 +45,7 @@ def test_without_a_reading_a_reward_is_not_read():
         (SIGNED, float("-inf"), "must be a finite number"),
         (SIGNED, 10**400, "must be a finite number"),
         (SIGNED, "1", '"reward" must be a number, not text'),
-        (WEIGHTED, -0.5, "a weight is at least 0, --loss rift"),
+        (WEIGHTED, -0.5, "a weight has no sign, --loss rift"),
         (SIGNED, -1e-60, "fp32"),
     ],
 )

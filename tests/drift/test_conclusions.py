@@ -4,7 +4,7 @@ import pytest
 
 from megatron_dft.drift import conclusions, retention_report
 from megatron_dft.drift.labels import model_name
-from megatron_dft.drift.style import line
+from megatron_dft.drift.style import bar, line
 
 
 def report(**models):
@@ -39,9 +39,9 @@ def test_the_overview_names_the_extremes_and_who_is_as_sparse_as_rl():
 def test_where_names_who_is_on_and_off_the_principal_directions():
     text = conclusions.where(report(a=row(1, 0, both=0.05), b=row(1, 0, near=0.3, both=0.001)))
     assert "0.1 times (b) to 5 times (a)" in text
-    assert "on them: a; off them: b." in text and "sought out by b." in text
+    assert "on them lie a, off them lie b." in text and "sought out by b." in text
     text = conclusions.where(report(a=row(1, 0), b=row(1, 0)))
-    assert "neither on nor off" in text and "not preferred" in text
+    assert "none lies on or off them" in text and "not preferred" in text
 
 
 def test_agreement_names_the_most_alike_pair():
@@ -86,3 +86,4 @@ def test_names_of_models(path, name):
 def test_lines_differ_without_colour():
     looks = [(line(i)["marker"], str(line(i)["linestyle"])) for i in range(70)]
     assert len(set(looks)) == 70
+    assert len({bar(i)["hatch"] for i in range(13)}) == 13

@@ -40,19 +40,6 @@ def test_problems_ask_for_the_right_sum_whatever_is_shown():
     assert not tested & {row["prompt"] for row in rows.validation(500)}
 
 
-def test_pairs_are_of_problems_with_a_right_and_a_wrong_answer(tmp_path):
-    def sample(prompt, text, reward, finish="stop"):
-        return {"prompt": prompt, "text": text, "reward": reward, "finish": finish}
-
-    samples = [sample(0, "a", 0.0), sample(0, "b", 1.0), sample(1, "c", 1.0)]
-    samples += [sample(2, "d", 0.0, "length"), sample(2, "e", 1.0), sample(3, "f", None)]
-    (tmp_path / "samples").mkdir()
-    asked = [{"prompt": n, "messages": [{"role": "user", "content": f"q{n}"}]} for n in range(4)]
-    corpus.write_jsonl(tmp_path / "samples" / "prompts.jsonl", asked)
-    corpus.write_jsonl(tmp_path / "r.jsonl", samples)
-    assert rows.pairs(tmp_path / "r.jsonl") == [{"prompt": "q0", "chosen": "b", "rejected": "a"}]
-
-
 def test_the_matched_model_is_the_first_that_reaches_the_score():
     curve = [{"greedy": g} for g in (0.2, 0.5, 0.4, 0.9)]
     assert results.matched(curve, 0.45) is curve[1] and results.matched(curve, 0.95) is None
@@ -141,7 +128,6 @@ def toy(tmp_path_factory):
         anything = ("--verifier", "regex", "--pattern", "^", "--threshold", "0")
         quick = {**sizes.QUICK.__dict__, "verifier": anything, "es_prompts": 8}
         patch.setattr(sizes, "QUICK", sizes.Settings(**quick))
-        patch.setattr(compare.rows, "pairs", lambda rewards: [])
         argv = ["--quick", "--out", str(out)]
         assert compare.main(argv, runner) == 0
         again = StandIns()
@@ -169,6 +155,12 @@ def test_the_report_holds_every_methods_curve(toy):
     assert (out / "RESULTS.png").read_bytes().startswith(b"\x89PNG")
     assert again.calls == []  # nothing is done twice
     assert runner.calls.count("es") == 2 and runner.calls.count("measure") == 1
+
+
+def test_the_committed_report_is_what_its_figures_say():
+    here = Path(results.__file__).parent
+    found = json.loads((here / "RESULTS.json").read_text(encoding="utf-8"))
+    assert results.markdown(found) == (here / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_the_command_is_what_gives_the_size():

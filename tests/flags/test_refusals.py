@@ -92,6 +92,10 @@ CASES = {
         dict(dft_reference_model="x"),
         ["--dft-reference-model", "--kl-coeff"],
     ),
+    "validation pairs without a reference": (
+        dict(loss="dpo", no_packing=None, valid_share=0.1, dft_reference_scores="x"),
+        ["--dft-reference-scores", "--valid-share", "drop one"],
+    ),
     "KL twice": (dict(loss="asft", kl_coeff=0.1), ["--kl-coeff", "asft"]),
     "a row filter with a KL": (
         dict(loss="asft", loss_row_filter=1e-4),

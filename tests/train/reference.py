@@ -60,6 +60,14 @@ def prift_loss(logits, labels, mask, base_logits):
     return (-log_q.exp() * log_p * mask).sum()
 
 
+def prift_mass_loss(logits, labels, mask, base_logits):
+    """−1[u ≥ 0.5]·log π_θ, u = Σ_v q(v)·1[q(v) ≤ q(y)] of the base's q."""
+    log_p = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    q = base_logits.softmax(-1)
+    u = torch.where(q <= q.gather(-1, labels[:, None]), q, 0.0).sum(-1)
+    return -(torch.where(u >= 0.5, log_p, 0.0) * mask).sum()
+
+
 def target_loss(logits, labels, mask, base_logits, eta):
     """Cross entropy to p·δ_y + (1 − p)·π̃, π̃ ∝ π_θ^(1−η)·π_T^η, the target a constant."""
     own = logits.log_softmax(-1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.launch import flags, run_train
-from tests.train.preferences import PAIRS, ROWS, RUN, SEQ_LENGTH, digest, write_pairs
+from tests.train.launch import flags, run_train, scalars
+from tests.train.preferences import PAIRS, ROWS, RUN, SEQ_LENGTH, digest, pairs, write_pairs
 from tests.train.scored import no_frozen_model, score, score_flags
 
 THEIRS = json.loads((Path(__file__).parent / "trl_dpo.json").read_text())
@@ -65,13 +65,32 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_the_losses_and_figures_are_trl_s(case, tiny_model, path):
+def test_the_losses_and_figures_are_trl_s(case, tiny_model, path, tmp_path):
     ranks, steps, kind, given = RUNS[case]
-    found = run_train(ranks, *flags(tiny_model, path, **PACKED, train_iters=steps, **given))
+    # Each step has all pairs, so an evaluation on them has the figures of the step behind it.
+    evaluated = dict(valid_data=path, tensorboard_dir=tmp_path) if steps < RUN["steps"] else {}
+    argv = flags(tiny_model, path, **PACKED, train_iters=steps, **evaluated, **given)
+    found = run_train(ranks, *argv)
     assert len(found) == steps
     _equals_trl(found, kind)
     assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert found[-1]["rewards/accuracies"] == 1
+    if evaluated:
+        _evaluation_equals_trl(scalars(tmp_path), THEIRS[kind][steps])
+
+
+CHOSEN_TOKENS = sum(len(row["chosen"]) + 1 for row in pairs())  # a byte each, and the end
+
+
+def _evaluation_equals_trl(found, theirs):
+    last = " validation"
+    ours = {name.removesuffix(last): v for name, v in found.items() if name.endswith(last)}
+    assert ours["dpo loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    for name in theirs.keys() - {"loss"}:
+        assert ours[name] == pytest.approx(theirs[name], abs=2e-3), name
+    # The cross entropy is that of the preferred answers alone.
+    of_chosen = -theirs["logps/chosen"] * PAIRS / CHOSEN_TOKENS
+    assert ours["lm loss"] == pytest.approx(of_chosen, abs=1e-3)
 
 
 def test_stored_scores_serve(tiny_model, path, tmp_path):

@@ -101,11 +101,27 @@ FAR = 2e-2
         (dict(loss="iw-sft"), reference.iw_sft_loss),
         (dict(loss="dft", dft_weight_from="reference"), reference.prift_loss),
         (
+            dict(
+                loss="nll-threshold",
+                dft_threshold=0.5,
+                dft_weight_from="reference-mass",
+                loss_route="head",
+            ),
+            reference.prift_mass_loss,
+        ),
+        (
             dict(loss="target-sft", dft_target_eta=0.6, loss_route="head"),
             functools.partial(reference.target_loss, eta=0.6),
         ),
     ],
-    ids=["asft", "dft with --kl-coeff", "iw-sft", "dft by the base's p", "target-sft"],
+    ids=[
+        "asft",
+        "dft with --kl-coeff",
+        "iw-sft",
+        "dft by the base's p",
+        "prift-mass",
+        "target-sft",
+    ],
 )
 def test_losses_that_compare_with_the_base(tiny_model, chats, batches, tmp_path, given, loss):
     """The frozen model of the training loop against two dense models in transformers."""
