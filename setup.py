@@ -15,6 +15,7 @@ assert VERSION is not None
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.6",
     "mypy>=1.11",
@@ -33,6 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_dft", "megatron_dft.*"]),
+    package_data={"megatron_dft.flags": ["help.json"]},
     install_requires=[
         # 0.19 is the first wheel whose training loop takes a model builder and a config container.
         "megatron-core[training]>=0.19,<0.21",

@@ -27,6 +27,7 @@ home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 name=$(plain_name "$(basename "$config" .sh)")
 if [ "$rehearse" = 1 ]; then name=rehearsal/$name; fi
 export RUN_DIR=${RUN_DIR:-$home/runs/$name}
+anchor RUN_DIR
 # shellcheck source=examples/slurm/environment.sh
 . "$home/examples/slurm/environment.sh"
 if [ "$rehearse" = 1 ]; then
@@ -40,6 +41,7 @@ TRAIN_ARGS=()
 . "$config"
 [ ${#TRAIN_ARGS[@]} -gt 0 ] || die "$config: expected the array TRAIN_ARGS, got none"
 
+anchor PYTHON HF_HOME MEGATRON_DFT_DATA_CACHE
 if [ "$rehearse" = 1 ]; then shrink_layout && PROCS_PER_NODE=$ranks; fi
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 procs=$(whole PROCS_PER_NODE "${PROCS_PER_NODE:-$gpus}") || exit

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("megatron_dft.commands.drift", "what fine-tuning did to the weights"),
     "retention": ("megatron_dft.commands.retention", "what the tuned model still knows"),
     "diagnose": ("megatron_dft.commands.diagnose", "is DFT the right loss for this data?"),
-    "compare": ("megatron_dft.commands.compare", "the runs of a sweep side by side"),
+    "compare": ("megatron_dft.commands.compare", "a table and curves of your own runs"),
     "score": (
         "megatron_dft.commands.score",
         "a reference's log-probabilities, for iw-sft, psft, dpo",

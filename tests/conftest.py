@@ -1,7 +1,6 @@
 """Process-wide settings, which must precede the first torch import, and what every room shares."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +15,12 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """With several workers (pytest-xdist) a file stays with one, and so does tests/cluster, whose
-    jobs share one virtual Slurm cluster."""
+    """With several workers (pytest-xdist) a file stays with one, and so do all tests of the virtual
+    Slurm cluster, of which there can be one."""
     for item in items:
-        room = item.path.relative_to(Path(__file__).parent).parts[0]
-        group = room if room == "cluster" else str(item.path)
+        group = "slurm" if "cluster" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -39,6 +39,8 @@ if [ ${#red[@]} -gt 0 ]; then
 fi
 say "pytest $*"
 status=0
+# A worker a core, of which many tests wait for something else; a few tests are not worth their start.
+[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadgroup
 python -m pytest "$@" || status=$?
 [ "$status" -ne 0 ] || [ ${#red[@]} -eq 0 ] || status=1
 exit "$status"

@@ -56,7 +56,8 @@ def test_a_wheel_in_an_empty_environment(tmp_path):
     assert all(name in run(command, "--help") for name in COMMANDS)
     for name in COMMANDS:
         run(command, name, "--help")
-    # What is not Python: the patches. What is imported late: the trainer and its CPU runtime.
+    # What is not Python: the patches, and above the table of --help. What is imported late: the
+    # trainer and its CPU runtime.
     assert (venv / "share" / "megatron_dft" / "patches" / "core_r0.19.0.diff").is_file()
     python = venv / "bin" / "python"
     assert "--dft-mix-alpha" in run(python, "-m", "megatron_dft.train", "--device", "cpu", "--help")

@@ -21,6 +21,16 @@ plain_name() {
     echo "${name:0:100}"
 }
 
+# anchor NAME…: the relative paths in these variables become those of the directory that the command was given in. A
+# program's name without a slash is looked for on PATH.
+anchor() {
+    local name
+    for name; do
+        [ -z "${!name:-}" ] || [[ ${!name} == /* || ($name == PYTHON && ${!name} != */*) ]] ||
+            printf -v "$name" '%s' "$(realpath -ms "${!name}")"
+    done
+}
+
 # mounts PATH…: A:A,B:B for --container-mounts, of those that exist here. A weight before a path is left out; of a link
 # its end is mounted too, of a model in the hub's cache the folder that its links lead into.
 mounts() {

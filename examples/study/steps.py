@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from megatron_dft.compat.loopback import free_port
 
 # (module, its arguments, log file) → runs to the end, or raises StepFailed.
 Runner = Callable[[str, Sequence[str], Path], None]
@@ -19,12 +20,6 @@ class StepFailed(RuntimeError):
     """A command of the study failed; the message ends with its log's last lines."""
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def run_process(module: str, argv: Sequence[str], log: Path) -> None:
     """`python -m module argv…` in a process of its own, all it prints in `log`.
 
@@ -32,7 +27,7 @@ def run_process(module: str, argv: Sequence[str], log: Path) -> None:
     """
     program = [module] if module.endswith(".py") else ["-m", module]
     # One training process brings up gloo too; two studies on a machine must not share its port.
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # Keeping freed buffers makes a training step on CPU faster (see examples/quickstart.sh).
     env.setdefault("MALLOC_MMAP_THRESHOLD_", "4294967296")
     env.setdefault("MALLOC_TRIM_THRESHOLD_", "8589934592")

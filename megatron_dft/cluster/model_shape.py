@@ -93,14 +93,17 @@ def read_config(source: str) -> dict[str, Any]:
         path = path / "config.json"
     if not path.is_file():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()  # of each try it would tell
         try:
             path = Path(hf_hub_download(source, "config.json"))
         except Exception as error:
             reason = " ".join(str(error).split())[:150]
             raise ValueError(
                 f"{source!r} is neither a directory with config.json, nor such a file, nor a model "
-                f"that the hub gives: {reason}"
+                f"that the hub gives: {reason}. Give its directory; without a network "
+                "HF_HUB_OFFLINE=1 takes what the cache has and does not wait"
             ) from None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from megatron_dft.drift import run_conclusions, run_report
 from megatron_dft.drift.page import Cell, number
 from megatron_dft.drift.run_log import read_runs
 
-SUMMARY = "a table and curves over the runs of a sweep, finished or not"
+SUMMARY = "a table and curves of your own runs, of a sweep say, finished or not"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

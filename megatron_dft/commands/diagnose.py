@@ -6,11 +6,12 @@ from pathlib import Path
 
 from megatron_dft.data import scored_text
 from megatron_dft.data.end_tokens import probe_end_tokens
-from megatron_dft.data.schema import FORMATS
+from megatron_dft.data.reading import Reading, parse_columns
 from megatron_dft.data.tokenizer import encoder_spec
 from megatron_dft.drift import diagnosis_report
 from megatron_dft.drift.diagnosis import diagnose
 from megatron_dft.drift.scoring import load_model, score, windows
+from megatron_dft.flags.data import add_layout
 
 SUMMARY = "target probabilities of the base on the training data, and the loss to choose"
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("diagnosis"), help="report directory (%(default)s)"
     )
-    parser.add_argument("--data-format", choices=FORMATS, help="layout (default: recognised)")
+    add_layout(parser)
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         if value < least:
             raise ValueError(f"{flag}: expected {least} or more, got {value}")
     tokenizer = scored_text.tokenizer_of(args.model, args.chat_template)
-    rows = scored_text.conversations(args.data, tokenizer, "DATA", args.data_format)
+    reading = Reading(args.data_format, parse_columns(args.columns))
+    rows = scored_text.conversations(args.data, tokenizer, "DATA", reading)
     total = len(rows)
     rows, cut = scored_text.limit(rows, args.max_tokens)
     model = load_model(args.model, args.device)

@@ -1,6 +1,7 @@
 """`megatron-dft train --dry-run`: everything that a run refuses, before a GPU is asked for.
 
-This process plays the first of WORLD_SIZE ranks: flags, layout, model files, tokenizer, chat
+With `--device cuda` on a machine without a GPU the flags are judged for one that has, as on a login
+node. This process plays the first of WORLD_SIZE ranks: flags, layout, model files, tokenizer, chat
 template and data go through the run's own checks, and the directories that it writes to are looked
 at. No model is built; nothing is written but the cache of tokenised data.
 """
@@ -16,7 +17,11 @@ from megatron_dft.storage import terminal
 if __name__ == "__main__":  # before the imports that warn
     terminal.divert()
 
-from megatron_dft.flags import objective
+import torch
+
+from megatron_dft.cpu import runtime
+from megatron_dft.flags import device, objective
+from megatron_dft.flags.defaults import requested_device
 from megatron_dft.flags.settings import settings
 from megatron_dft.recovery.exit_codes import FINISHED, REFUSED
 from megatron_dft.training.launch import configure, one_line
@@ -30,12 +35,16 @@ _OPTIMIZER_BYTES, _MASTER_BYTES, _HALF_BYTES = 8, 4, 2
 def main() -> int:
     """Status 0 where the run would start, 2 with the reason in one line where not."""
     rows = take_rows(sys.argv)
+    asked = requested_device(sys.argv[1:])
+    for_gpus = asked == "cuda" and not torch.cuda.is_available()
     try:
-        args = configure(sys.argv[1:], lambda args: _check(args, rows))
+        args = configure(sys.argv[1:], lambda args: _check(args, rows), for_gpus=for_gpus)
     except (ValueError, AssertionError) as error:
         terminal.fail(one_line(error))
         return REFUSED
     ranks = int(os.environ["WORLD_SIZE"])
+    for line in _of_device(args, asked, for_gpus):
+        terminal.say(f"> {line}")
     terminal.say(f"> {settings().route.line}")
     read = "" if rows is None else f"; of the data the first {rows} rows of each item were read"
     layout = " ".join(
@@ -44,6 +53,22 @@ def main() -> int:
     )
     terminal.say(f"> dry run: {ranks} ranks ({layout}) would start{read}")
     return FINISHED
+
+
+def _of_device(args: Any, asked: str, for_gpus: bool) -> list[str]:
+    """Whose device the flags were judged by, where that is not plain."""
+    if asked == "auto" and runtime.is_active():
+        return ["no GPU here: checked as the CPU run that it is; --device cuda: for GPU nodes"]
+    if not for_gpus:
+        return []
+    found = ["no GPU here: checked for GPU nodes; what they have, `megatron-dft preflight` sees"]
+    without = None if device.transformer_engine_installed() else device.refused_without_te(args)
+    if without is not None:
+        found.append(
+            "warning: this Python has no transformer-engine; nodes without it refuse the run: "
+            f"{without}"
+        )
+    return found
 
 
 def take_rows(argv: list[str]) -> int | None:

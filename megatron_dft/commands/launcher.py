@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from megatron_dft.flags.help_page import MEGATRON, print_help
+
 USER_ERROR, INTERRUPTED = 2, 130
 FLAG, NODES, DRY_RUN = "--nproc-per-node", "--nnodes", "--dry-run"
 # A rank that leaves in agreement with the others: they come to the same end by themselves.
@@ -26,6 +28,8 @@ _LOOK = 0.05  # seconds
 
 def main(module: str, words: Sequence[str]) -> int:
     """`run`; a user's mistake is one line and status 2."""
+    if print_help(words, scoring=module.endswith(".score")):  # without what a run imports
+        return 0
     try:
         return run(module, words)
     except ValueError as error:
@@ -48,7 +52,7 @@ def run(module: str, words: Sequence[str]) -> int:
                 f"{FLAG}: another launcher has started this process as rank "
                 f"{os.environ['RANK']}; drop the flag"
             )
-    elif not {"-h", "--help", "--help-megatron"} & set(rest):
+    elif MEGATRON not in rest:
         ranks = _ranks(count or "1", rest)
         if ranks > 1:
             return _Ranks(command, ranks).wait()

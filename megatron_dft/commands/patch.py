@@ -68,7 +68,7 @@ def check_checkout(checkout: Path) -> None:
     if not (checkout / PACKAGE_INFO).is_file() or not (checkout / SCRIPT).is_file():
         raise ValueError(
             f"--megatron-lm: expected a Megatron-LM checkout with {PACKAGE_INFO} and {SCRIPT}, "
-            f"got {checkout}; git clone --branch core_v0.18.2 the Megatron-LM repository"
+            f"got {checkout}; git clone --branch core_v0.19.0 the Megatron-LM repository"
         )
 
 

@@ -199,11 +199,13 @@ def run(args: argparse.Namespace) -> int:
     print(
         "tokens/s is an estimate from one measured GPU and the links' published speeds "
         "(megatron_dft/cluster/speed.py), good for the order; nothing above "
-        f"{ranking.FULL:.0%} of the memory comes before what is below"
+        f"{ranking.FULL:.0%} of the memory comes before what is below, and within 5 % the one with "
+        "fewer splits comes first"
     )
     if tokens is not None:
         hours = tokens / best.tokens_per_second / 3600
-        print(f"{tokens:,.0f} tokens: about {hours:.2g} hours with the first")
+        said = f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+        print(f"{tokens:,.0f} tokens: about {said} hours with the first")
     flags = [*_flags(best.layout, job), "--loss", args.loss]
     if args.kl_coeff:
         flags += ["--kl-coeff", f"{args.kl_coeff:g}"]

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.data import scored_text
+from megatron_dft.data.reading import Reading, parse_columns
 from megatron_dft.drift import report, sampling
 from megatron_dft.drift.labels import labels_for
 from megatron_dft.drift.page import number
 from megatron_dft.drift.retention import measure
 from megatron_dft.drift.scoring import load_model, windows
+from megatron_dft.flags.data import add_layout
 
 SUMMARY = "perplexity, KL to the base and top-1 agreement on held-out text and on the task"
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-answer-tokens", type=int, default=128, help="of a sampled answer (%(default)s)"
     )
+    add_layout(parser)
     parser.add_argument("--labels", nargs="+", help="a name for each TUNED")
     parser.add_argument(
         "--out",
@@ -76,7 +79,9 @@ def _texts(args: argparse.Namespace, base: Any) -> tuple[dict[str, list[Any]], l
         texts["general"] = scored_text.plain_text(args.text, tokenizer)
     if args.task is not None:
         tokenizer = scored_text.tokenizer_of(args.base, args.chat_template)
-        texts["task"] = rows = scored_text.conversations([args.task], tokenizer, "--task")
+        texts["task"] = rows = scored_text.conversations(
+            [args.task], tokenizer, "--task", Reading(args.data_format, parse_columns(args.columns))
+        )
         if args.task_samples:
             prompts = sampling.prompts_of(rows, args.task_samples)
             ends = sampling.end_ids(base, tokenizer)

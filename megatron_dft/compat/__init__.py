@@ -9,6 +9,7 @@ _TRAINING = "megatron.training.training"
 _CHECKPOINTING = "megatron.training.checkpointing"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _ROUTER = "megatron.core.transformer.moe.router"
+_UNSHARDED = "megatron.core.optimizer.optimizer"
 _TORCH = "torch.distributed.checkpoint"
 _RERUN = "megatron.core.rerun_state_machine:RerunStateMachine"
 # Every name by which torch makes a store: torchrun's two rendezvous and the workers' own.
@@ -58,6 +59,10 @@ WRAPPED: dict[str, str] = {
     "helper process a rank where saving is not asynchronous",
     f"{_OPTIMIZER}.state_dict": "torch's Adam has counted no step when it is resumed",
     f"{_OPTIMIZER}.load_state_dict": "torch's Adam resumes with its true count",
+    f"{_UNSHARDED}:FP32Optimizer.load_state_dict": "torch's Adam goes on from FusedAdam's "
+    "checkpoint, and FusedAdam from torch's",
+    f"{_UNSHARDED}:Float16OptimizerWithFloat16Params.load_state_dict": "torch's Adam goes on from "
+    "FusedAdam's checkpoint, and FusedAdam from torch's",
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "the count is no tensor to copy",
     # one node
     **dict.fromkeys(STORES, "a store of one node listens on the loopback interface alone"),

@@ -71,9 +71,17 @@ def install() -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing of this machine listens."""
+    """A port on which nothing of this machine listens, nor will for a minute but on purpose.
+
+    A connection that its server ends keeps the port: the system hands it to nobody who asks for any
+    port, and whoever names it may listen there (SO_REUSEADDR, which torch sets).
+    """
     with _listen("127.0.0.1", 0) as server:
-        return int(server.getsockname()[1])
+        port = int(server.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            client.recv(1)
+    return port
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def _applying(original: Callable[..., Any]) -> Callable[..., Any]:
         is_used = self.config.moe_z_loss_coeff is not None and self.training
         if _State.tokens is not None and is_used and torch.is_grad_enabled():
             # Megatron's gradient is that of a sum over the rank's own tokens, padding left out.
-            own = logits.new_tensor(float(len(logits)), dtype=torch.float32)
+            own = logits.new_full((), float(len(logits)), dtype=torch.float32)
             if padding_mask is not None:
                 own = (~padding_mask).sum().float()
             if self.tp_cp_group.size() > 1:

@@ -13,14 +13,17 @@ megatron-core 0.19.2, core/optimizer/distrib_optimizer.py, three faults:
 
 import torch
 
+from megatron_dft.compat import adam_count
 from megatron_dft.compat.hooks import wrap
 
 
 def install() -> None:
-    """Mend them; does nothing where transformer-engine or apex brings the optimizer."""
+    """Mend them; where transformer-engine or apex brings the optimizer, its count alone."""
     from megatron.core.optimizer import distrib_optimizer
 
+    adam_count.install()
     if distrib_optimizer.HAVE_APEX_OR_TE:
+        adam_count.install_for_shards()
         return
 
     def describing(original):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 
+from megatron_dft.storage import pickle_scan
 from megatron_dft.storage.safe_pickle import Inert, is_class_name
 
 _RECIPES = "transformer_engine.common.recipe"
@@ -83,12 +84,15 @@ class _Names(pickle.Unpickler):
 def unsafe_extra_state(entry: Any) -> str | None:
     """Why a layer must not get this byte entry (a list of one extra state); None where it may.
 
-    TE unpickles a byte tensor without restriction. A BytesIO goes through torch.load.
+    TE unpickles a tensor's bytes without restriction. A BytesIO goes through torch.load.
     """
     for state in entry if isinstance(entry, list) else [entry]:
-        if isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.numel():
+        if isinstance(state, torch.Tensor) and state.numel():
             try:
-                _Names(io.BytesIO(state.cpu().contiguous().numpy().tobytes())).load()
+                # Whatever its dtype: TE takes the bytes.
+                content = state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                pickle_scan.check(content)
+                _Names(io.BytesIO(content)).load()
             except Exception as error:  # whatever the stand-in says to what it is given
                 return reason_of(error)
     return None

@@ -21,7 +21,7 @@ from megatron_dft.data.tables import open_dataset
 from megatron_dft.storage.files import read_json_object, sha256_of_file, write_whole
 
 # Raise it whenever the same rows would give other tokens or masks.
-VERSION = 2
+VERSION = 3
 # A file changed this recently may change again within its timestamp's resolution.
 _SETTLED_SECONDS = 2.0
 

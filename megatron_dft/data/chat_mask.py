@@ -12,6 +12,7 @@ Two ways to find the characters that train:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,15 +21,17 @@ from typing import Any
 from megatron_dft.data.bounds import MEMORY, Bounded, TimeUp
 from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.dialect import Dialect
+from megatron_dft.data.row_values import shown
 from megatron_dft.data.sentinels import Drops
 from megatron_dft.data.spec import END, WRITTEN, EncoderSpec
 from megatron_dft.data.template import ChatTemplate, Span, TemplateError
 from megatron_dft.data.turn_end import TurnEnds
-from megatron_dft.data.written import written
+from megatron_dft.data.written import left_out, written
 
 # [start, end) and the flags of its tokens: spec.WRITTEN, or spec.END and WRITTEN.
 Kind = tuple[int, int, int]
 _WRITTEN, _END = int(WRITTEN), int(END | WRITTEN)
+_REMEDY = "give one that does with --chat-template FILE, or take it out of the row"
 
 
 @dataclass
@@ -70,6 +73,10 @@ class TurnRenderer:
                 f"the chat template is given up on a plain conversation: {_limit(error)}; give "
                 "another with --chat-template FILE"
             ) from None
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        """For many calls of `render`: bounds.Bounded.batch."""
+        return self._bounded.batch()
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts to train on: one, or one for each turn where the template rewrites turns.
@@ -119,11 +126,11 @@ class TurnRenderer:
             spans = [s for s, t in zip(spans, turns, strict=True) if t in conversation.trained]
             turns = conversation.trained
             weights = _weights(conversation, turns)
-            kinds = [
-                kind
-                for span, turn in zip(spans, turns, strict=True)
-                for kind in self._kinds(text, span, self._ends.inside(text, *span), messages[turn])
-            ]
+            kinds = []
+            for number, (span, turn) in enumerate(zip(spans, turns, strict=True)):
+                end = self._ends.inside(text, *span)
+                begin = spans[number - 1][1] if number else 0
+                kinds += self._kinds(conversation, turn, text, span, end, begin)
         else:
             weights, kinds = self._unpaired(conversation, text, spans, turns)
         if not spans:
@@ -141,6 +148,8 @@ class TurnRenderer:
                 "turns, so a turn with train: false or a weight of its own cannot be told from "
                 "the others"
             )
+        for turn in conversation.trained:
+            self._check_content(conversation, turn, text, (0, len(text)), bool(spans))
         weights = [next(iter(given))] * len(spans)
         ends = [self._ends.inside(text, *span) for span in spans]
         return (
@@ -161,7 +170,7 @@ class TurnRenderer:
             if text[: end[1]] != own[: end[1]]:
                 return self._render_per_turn(conversation)
             spans.append((start, end[1]))
-            kinds += self._kinds(own, spans[-1], end, messages[turn])
+            kinds += self._kinds(conversation, turn, own, spans[-1], end, start)
         return [Rendered(text, spans, _weights(conversation, conversation.trained), kinds)]
 
     def _render_per_turn(self, conversation: Conversation) -> list[Rendered]:
@@ -176,7 +185,7 @@ class TurnRenderer:
             text = self.template.render(messages[: turn + 1], conversation.tools)
             start, end = self._turn(text, messages, conversation.tools, turn)
             span = (start, end[1])
-            kinds = self._kinds(text, span, end, messages[turn])
+            kinds = self._kinds(conversation, turn, text, span, end, start)
             rendered.append(Rendered(text, [span], _weights(conversation, [turn]), kinds))
         return rendered
 
@@ -193,14 +202,49 @@ class TurnRenderer:
             )
         return len(head), self._ends.behind(own, len(head), turn)
 
-    def _kinds(self, text: str, span: Span, end: Span, message: dict[str, Any]) -> list[Kind]:
+    def _kinds(
+        self,
+        conversation: Conversation,
+        turn: int,
+        text: str,
+        span: Span,
+        end: Span,
+        begin: int,
+    ) -> list[Kind]:
+        """Kinds of a trained turn's parts; text[begin:] is what was printed of it.
+
+        Raises RowError where a part of its content is not.
+        """
+        message = conversation.messages[turn]
         found = written(text, span[0], end[0], message)
+        if found is None:
+            answered = bool(text[span[0] : end[0]].strip())
+            self._check_content(conversation, turn, text, (begin, span[1]), answered)
         kinds = [(a, b, _WRITTEN) for a, b in found] if found else []
         if end[0] < end[1]:
             kinds.append((*end, _END))
         if end[1] < span[1]:
             kinds.append((end[1], span[1], _WRITTEN))
         return kinds
+
+    def _check_content(
+        self, conversation: Conversation, turn: int, text: str, printed: Span, answered: bool
+    ) -> None:
+        """What a template cuts out of one content and prints of others, so that no sentinel says
+        it: DeepSeek's leaves out all before a </think>."""
+        content = conversation.messages[turn].get("content") or ""
+        lost = left_out(text, *printed, content)
+        if lost is None:
+            return
+        if self.drops == "refuse" or not answered:
+            remedy = f"{_REMEDY}, or train without it with --chat-drops warn"
+            raise RowError(
+                f"the chat template leaves {shown(lost)} of message {turn}'s content out; "
+                f"{remedy if answered else _REMEDY}"
+            )
+        note = "the chat template leaves a part of an answer's content out"
+        if note not in conversation.notes:
+            conversation.notes.append(note)
 
     def _check_drops(self, conversation: Conversation, per_turn: bool) -> None:
         def render(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
@@ -211,7 +255,7 @@ class TurnRenderer:
         if not lost.parts and not lost.empty:
             return
         what = ", ".join(lost.parts[:4]) or f"anything of message {lost.empty[0]}"
-        remedy = "give one that does with --chat-template FILE, or take it out of the row"
+        remedy = _REMEDY
         if lost.empty or self.drops == "refuse":
             if not lost.empty:
                 remedy += ", or train without it with --chat-drops warn"

@@ -69,19 +69,19 @@ class ChatEncoder:
         return [self._flag(e, r) for e, r in zip(encodings, rendered, strict=True)]
 
     def _flag(self, encoding: Any, rendered: Rendered) -> Encoded:
-        straddled = [a for a, b in rendered.spans if self._straddles(encoding, a, b)]
-        if straddled and self._byte_level:
-            return self._flag_in_pieces(rendered, straddled)
-        piece, count = _flag_piece(encoding, rendered, 0, len(rendered.text))
+        starts = [_token_from(encoding, a, b) for a, b in rendered.spans]
+        if self._byte_level:
+            straddled = [
+                a
+                for (a, _), first in zip(rendered.spans, starts, strict=True)
+                if first is not None and encoding.token_to_chars(first)[0] < a
+            ]
+            # A token holds characters from both sides of a span's start: an ordinary one that
+            # merged, or a special one that strips the spaces beside it.
+            if straddled:
+                return self._flag_in_pieces(rendered, straddled)
+        piece, count = _flag_piece(encoding, rendered, 0, len(rendered.text), starts)
         return _cut(piece, count)
-
-    def _straddles(self, encoding: Any, start: int, end: int) -> bool:
-        """Whether a token holds characters from both sides of a span's start.
-
-        An ordinary one that merged, or a special one that strips the spaces beside it.
-        """
-        first = _token_from(encoding, start, end)
-        return first is not None and encoding.token_to_chars(first)[0] < start
 
     def _flag_in_pieces(self, rendered: Rendered, cuts: Sequence[int]) -> Encoded:
         """Tokenises the text in pieces, so that none straddles a cut.
@@ -94,7 +94,11 @@ class ChatEncoder:
         total = count = 0
         for begin, stop in zip(borders, borders[1:], strict=False):
             encoding = self._tokenizer.encode(rendered.text[begin:stop], add_special_tokens=False)
-            piece, last = _flag_piece(encoding, rendered, begin, stop)
+            starts = [
+                _token_from(encoding, max(a, begin) - begin, min(b, stop) - begin)
+                for a, b in rendered.spans
+            ]
+            piece, last = _flag_piece(encoding, rendered, begin, stop, starts)
             pieces.append(piece)
             count = total + last if last else count
             total += len(piece.flagged)
@@ -104,21 +108,24 @@ class ChatEncoder:
         return _cut(Encoded(np.concatenate([p.flagged for p in pieces]), weights), count)
 
 
-def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> tuple[Encoded, int]:
+def _flag_piece(
+    encoding: Any, rendered: Rendered, begin: int, stop: int, starts: Sequence[int | None]
+) -> tuple[Encoded, int]:
     """The tokens of text[begin:stop], flagged where they train, and how many of them are needed:
-    those up to the last supervised one."""
+    those up to the last supervised one. starts: the first token of each span in it.
+
+    char_to_token walks over all tokens before its own, token_to_chars does not: the one is asked
+    twice a span, whatever is marked inside of it.
+    """
     ids = _as_array(encoding.ids)
     weights = None if rendered.weights is None else np.zeros(len(ids), dtype=np.float32)
     length = stop - begin
     last = 0
     behind: dict[int, int] = {}  # where a span ends in the text → the token behind it
-    for number, (a, b) in enumerate(rendered.spans):
-        if a >= stop or b <= begin:
-            continue
-        start, end = max(a, begin) - begin, min(b, stop) - begin
-        first = _token_from(encoding, start, end)
+    for number, ((a, b), first) in enumerate(zip(rendered.spans, starts, strict=True)):
         if first is None:
             continue
+        start, end = max(a, begin) - begin, min(b, stop) - begin
         if encoding.token_to_chars(first)[0] < start:
             first += 1  # half of it belongs to the header, which must not train
         last = _token_behind(encoding, end, length, len(ids))
@@ -131,11 +138,16 @@ def _flag_piece(encoding: Any, rendered: Rendered, begin: int, stop: int) -> tup
     for a, b, kind in rendered.kinds:
         start, end = a - begin, b - begin
         token = behind.get(end, 0)
-        if token and kind & _END and start >= 0 and encoding.char_to_token(start) == token - 1:
+        if token and kind & _END and start >= 0 and _covers(encoding, token - 1, start):
             ids[token - 1] |= kind
         elif a < stop and b > begin:
             _mark(encoding, ids, max(start, 0), min(end, length), length, kind)
     return Encoded(ids, weights), last
+
+
+def _covers(encoding: Any, token: int, char: int) -> bool:
+    begin, end = encoding.token_to_chars(token)
+    return bool(begin <= char < end)
 
 
 def _mark(encoding: Any, ids: np.ndarray, start: int, end: int, length: int, kind: int) -> None:

@@ -50,12 +50,13 @@ def _conversation_hashes(store: TokenStore) -> np.ndarray:
         ids = (store.tokens[offsets[0] : offsets[-1]] & ID_MASK).astype(np.uint64)
         starts = (offsets[:-1] - offsets[0]).astype(np.int64)
         place = np.arange(len(ids)) - np.repeat(starts, np.diff(offsets))
-        mixed = _mix(ids + _STEP * (place.astype(np.uint64) + np.uint64(1)))
-        hashes[begin:stop] = _mix(np.add.reduceat(mixed, starts))
+        mixed = mix(ids + _STEP * (place.astype(np.uint64) + np.uint64(1)))
+        hashes[begin:stop] = mix(np.add.reduceat(mixed, starts))
     return hashes
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def mix(value: np.ndarray) -> np.ndarray:
+    """uint64 of any shape to as many hashes of them; one to one."""
     value = (value ^ (value >> np.uint64(30))) * _MIX[0]
     value = (value ^ (value >> np.uint64(27))) * _MIX[1]
     return value ^ (value >> np.uint64(31))

@@ -15,7 +15,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Every turn is rendered with all before it: a row of 2,048 messages takes a second, of 8,000 ten.
 MAX_MESSAGES = 2048
 _READ = {
-    "role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal",
+    "role", "content", "name", "tool_calls", "tool_call_id", "function_call",
     *REASONING_NAMES,
 }  # fmt: skip
 USER_NOTE = "messages that ask to train and are not the assistant's do not train"
@@ -45,7 +45,7 @@ def conversation(
             found.trained.append(index)
             if row_weight != 1:
                 found.weights[index] = row_weight
-        found.messages.append(alias_reasoning(cleaned))
+        found.messages.append(alias_reasoning(cleaned) if len(cleaned) > 2 else cleaned)
     if not any(m["role"] == "assistant" for m in found.messages):
         raise RowError("it has no assistant turn")
     if not found.trained:
@@ -58,7 +58,9 @@ def _message(
 ) -> dict[str, Any]:
     """The message in today's spelling, without the keys that say how it trains."""
     # Arrow fills absent fields with None; templates treat a present None as "None".
-    cleaned = {k: v for k, v in message.items() if v is not None or k == "content"}
+    cleaned = dict(message)
+    if None in cleaned.values():
+        cleaned = {k: v for k, v in message.items() if v is not None or k == "content"}
     role = cleaned.get("role")
     if role == "function":
         role = cleaned["role"] = "tool"
@@ -84,7 +86,7 @@ def _clean_other_keys(cleaned: dict[str, Any], where: str, found: Conversation) 
     for key in REASONING_NAMES:
         if not isinstance(cleaned.get(key, ""), str):
             raise RowError(f"{where}: {key} must be text, not {kind_of(cleaned[key])}")
-    for key in ("name", "tool_call_id", "refusal", *REASONING_NAMES):
+    for key in ("name", "tool_call_id", *REASONING_NAMES):
         if key in cleaned:
             check_leaves(cleaned[key], f"{where}: {key}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -136,6 +137,7 @@ def _blocks(
     else:
         results = tokenize_serially(batches, spec, options.reading)
     with (
+        _imports_at_rest(),
         contextlib.closing(results),
         progress_bar(
             f"tokenising {os.path.basename(source.name)}", size, options.progress
@@ -148,6 +150,21 @@ def _blocks(
             copies.add(result.block.tokens, result.block.lengths)
             advance(batch.size, len(batch.rows))
             yield result.block
+
+
+@contextlib.contextmanager
+def _imports_at_rest() -> Iterator[None]:
+    """Python's collector leaves out what is there already, torch above all: rows make objects by
+    the thousand, at each of which thousands it would look through all modules: a tenth of the time.
+    """
+    frozen = gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def _meta(source: Source, key: str, bad: Sequence[BadRow], copies: Duplicates) -> dict[str, Any]:

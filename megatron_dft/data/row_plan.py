@@ -17,6 +17,10 @@ from megatron_dft.storage.files import whole_file
 
 _VERSION = 1
 _GRANULARITY = 8
+# Conversations of an epoch that is packed in milliseconds: of a small set a run may take thousands.
+_SMALL = 4096
+# Epochs whose packs are mapped: each holds a file descriptor.
+_MAPPED = 64
 
 
 def pack_granularity(pad_multiple: int) -> int:
@@ -41,7 +45,7 @@ class RowPlan:
             batch_multiple rows with empty ones.
         seed: the run's seed.
         num_samples: samples that will be asked for; None for one pass.
-        cache: directory for the packs, or None to keep them in memory.
+        cache: directory for the packs of large epochs, or None to keep them in memory.
         cache_key: identifies the conversations behind `lengths`.
         group: conversations that stay together: `order` then counts groups, group g being the
             conversations g·group … g·group + group − 1, in that order in their row.
@@ -135,9 +139,11 @@ class RowPlan:
         if not self._packing:
             members = self._order.epoch(epoch) if self._shuffle else self._order.in_file_order()
             return Packs(members, np.arange(len(members) + 1))
-        path = None if self._cache is None else self._cache / f"{self._name}-{epoch}.packs"
-        if path is not None and path.exists():
-            return _load(path)
+        path, mapped = None, epoch < _MAPPED
+        if self._cache is not None and self._order.epoch_size() > _SMALL:
+            path = self._cache / f"{self._name}-{epoch}.packs"
+            if path.exists():
+                return _load(path, mapped)
         order = self._order.epoch(epoch) if self._shuffle else self._order.in_file_order()
         key = (self._seed, 2, epoch) if self._shuffle and self._order.shuffled else None
         sizes = self._sizes.reshape(-1, self._group).sum(1)
@@ -146,7 +152,7 @@ class RowPlan:
             return packs
         try:
             _save(path, packs)
-            return _load(path)
+            return _load(path, mapped)
         except OSError:  # a cache that is read-only or full: packed again at the next start
             return packs
 
@@ -167,8 +173,8 @@ def _save(path: Path, packs: Packs) -> None:
             file.write(array.astype("<i8", copy=False).tobytes())
 
 
-def _load(path: Path) -> Packs:
-    data = np.memmap(path, dtype="<i8", mode="r")
+def _load(path: Path, mapped: bool) -> Packs:
+    data = np.memmap(path, dtype="<i8", mode="r") if mapped else np.fromfile(path, dtype="<i8")
     starts = int(data[0])
     if len(data) != 2 + starts + int(data[1]):
         raise ValueError(f"the packing cache {str(path)!r} is damaged; delete it and start again")

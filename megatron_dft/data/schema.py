@@ -29,7 +29,9 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "function_call": "function_call",
+    "tool_call": "function_call",
 }
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _COLUMNS = {

@@ -21,7 +21,7 @@ def conversations(
     paths: list[str],
     tokenizer: Any,
     flag: str,
-    data_format: str | None = None,
+    reading: Reading | None = None,
     workers: int | None = None,
 ) -> list[Sequence]:
     """Chat rows (any layout that training reads): all tokens, True on those that train.
@@ -31,7 +31,7 @@ def conversations(
     stores = prepare(
         parse_sources(paths, flag),
         encoder_spec(tokenizer),
-        PrepareOptions(reading=Reading(data_format), workers=workers),
+        PrepareOptions(reading=reading or Reading(), workers=workers),
     )
     rows = []
     for store in stores:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_dft.data.bounds import TimeUp
@@ -191,7 +191,10 @@ class ChatTemplate:
                 "tools": tools or None,
                 "add_generation_prompt": prompt,
             }
-            context = template.new_context(names, shared=True)
+            # As template.new_context gives it, but for the names of the globals: only an import
+            # reads them, which a template without a loader has none of, and they take as long to
+            # list as a short message takes to render.
+            context = Context(template.environment, names, template.name, template.blocks)
             return "".join(template.root_render_func(context))
         except (TemplateDateError, TimeUp, MemoryError):
             raise

@@ -48,28 +48,10 @@ class Result:
 
 def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> Result:
     """Tokenises a batch; rows that cannot be trained on come back in `bad`, in order."""
-    rendered: list[Rendered] = []
-    numbers: list[int] = []
     bad: list[BadRow] = []
     counts = {"rows": len(batch.rows), "per_turn_rows": 0}
-    for number, raw in zip(batch.numbers, batch.rows, strict=True):
-        try:
-            conversations, texts = _texts(decode_row(raw), reading, encoder)
-        except NothingToTrain:
-            _count(counts, ZERO_WEIGHT)
-            continue
-        except RowError as error:
-            bad.append(BadRow(batch.file, number, str(error)))
-            continue
-        except RecursionError:
-            bad.append(BadRow(batch.file, number, "its values are nested too deep"))
-            continue
-        counts["per_turn_rows"] += len(texts) > len(conversations)
-        for conversation in conversations[:1]:  # what is said of one side is true of the other
-            if conversation.notes or conversation.unread:
-                _count_notes(counts, conversation, encoder)
-        rendered.extend(texts)
-        numbers.extend([number] * len(texts))
+    with encoder.renderer.batch():
+        rendered, numbers = _rendered(batch, encoder, reading, bad, counts)
     pieces: list[Encoded] = []
     for start in range(0, len(rendered), _ENCODE_BATCH):
         pieces.extend(encoder.encode_weighted(rendered[start : start + _ENCODE_BATCH]))
@@ -88,6 +70,40 @@ def tokenize_batch(batch: RowBatch, encoder: ChatEncoder, reading: Reading) -> R
     for row in bad:
         _count(counts, REASON + reason_kind(row.reason))
     return Result(_block(batch.file, kept, kept_numbers, counts), bad)
+
+
+def _rendered(
+    batch: RowBatch,
+    encoder: ChatEncoder,
+    reading: Reading,
+    bad: list[BadRow],
+    counts: dict[str, int],
+) -> tuple[list[Rendered], list[int]]:
+    """The texts of a batch and the row of each; adds to `bad` and `counts`."""
+    rendered: list[Rendered] = []
+    numbers: list[int] = []
+    for number, raw in zip(batch.numbers, batch.rows, strict=True):
+        try:
+            conversations, texts = _texts(decode_row(raw), reading, encoder)
+        except NothingToTrain:
+            _count(counts, ZERO_WEIGHT)
+            continue
+        except RowError as error:
+            bad.append(BadRow(batch.file, number, str(error)))
+            continue
+        except RecursionError:
+            bad.append(BadRow(batch.file, number, "its values are nested too deep"))
+            continue
+        except MemoryError:  # between two renderings, which have a word of their own for it
+            bad.append(BadRow(batch.file, number, "it takes too much memory"))
+            continue
+        counts["per_turn_rows"] += len(texts) > len(conversations)
+        for conversation in conversations[:1]:  # what is said of one side is true of the other
+            if conversation.notes or conversation.unread:
+                _count_notes(counts, conversation, encoder)
+        rendered.extend(texts)
+        numbers.extend([number] * len(texts))
+    return rendered, numbers
 
 
 def _texts(
@@ -110,7 +126,9 @@ def _nothing_in(group: Sequence[Encoded]) -> str | None:
     """Why a conversation, or both of a pair, teach nothing; None where they do."""
     for piece in group:
         # The first token is never predicted, so one token alone has nothing to learn from.
-        if len(piece.flagged) < 2 or not bool((piece.flagged[1:] & SUPERVISED).any()):
+        if len(piece.flagged) >= 2 and piece.flagged[-1] & SUPERVISED:
+            continue  # as nearly always: what lies behind the last one is cut
+        if not bool((piece.flagged[1:] & SUPERVISED).any()):
             return "its assistant turns hold no token"
     if len(group) == 2 and np.array_equal(group[0].flagged, group[1].flagged):
         return "chosen and rejected are the same"
@@ -159,7 +177,7 @@ def decode_row(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return json.loads(raw.rstrip().decode("utf-8"), parse_constant=_refuse_constant)
+        return _DECODER.decode(raw.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}") from None
     except json.JSONDecodeError as error:
@@ -172,6 +190,10 @@ def decode_row(raw: Any) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise RowError(f"it holds {name}, which is not JSON")
+
+
+# json.loads would build one for every row.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def reason_kind(reason: str) -> str:

@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dft.data.conversation import RowError
-from megatron_dft.data.row_values import check_leaves, check_text, decode_json, kind_of
+from megatron_dft.data.row_values import check_leaves, check_text, decode_json, kind_of, shown
 
 NULL_NOTE = "null inside the arguments of a tool call is trained as null"
+# What Llama's, Anthropic's and other layouts call the arguments of a call.
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+_OTHER_KEYS = {"name", "type", "id", "index", "function", "description"}
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The row's tools as a list of JSON schemas; None where it names none."""
+    if "tools" not in row and "functions" not in row:
+        return None
     tools = _listed(row.get("tools"), "tools")
     functions = _listed(row.get("functions"), "functions")
     if tools and functions:
@@ -52,12 +57,17 @@ def tool_calls_of(message: dict[str, Any], where: str, notes: list[str]) -> None
         return
     if not isinstance(calls, list):
         raise RowError(f"{where}: tool_calls must be a list, not {kind_of(calls)}")
-    for call in calls:
-        inner = call.get("function", call) if isinstance(call, Mapping) else call
-        _call(inner, f"{where}: a tool call")
-        if check_leaves(call, f"{where}: a tool call") and NULL_NOTE not in notes:
-            notes.append(NULL_NOTE)
-    message["tool_calls"] = calls
+    message["tool_calls"] = [_one_call(call, f"{where}: a tool call", notes) for call in calls]
+
+
+def _one_call(call: Any, where: str, notes: list[str]) -> dict[str, Any]:
+    """A call with its arguments under that name, inside of "function" where it came so."""
+    wrapped = isinstance(call, Mapping) and "function" in call
+    inner = _call(call["function"] if wrapped else call, where)
+    whole = {**call, "function": inner} if wrapped else inner
+    if check_leaves(whole, where) and NULL_NOTE not in notes:
+        notes.append(NULL_NOTE)
+    return whole
 
 
 def sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -65,15 +75,27 @@ def sharegpt_calls(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = decode_json(value, f"{where}: function_call")
     listed = value if isinstance(value, list) and value else [value]
-    return [
-        {"type": "function", "function": _call(call, f"{where}: function_call")} for call in listed
-    ]
+    found = []
+    for call in listed:
+        inner = call.get("function", call) if isinstance(call, Mapping) else call
+        found.append({"type": "function", "function": _call(inner, f"{where}: function_call")})
+    return found
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
+    """A function's name and arguments; without any, the arguments are an empty object."""
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise RowError(f"{where} must be an object with a name")
     if not call["name"].strip():
         raise RowError(f"{where} has an empty name")
     check_text(call["name"], where)
-    return dict(call)
+    given = [key for key in _ARGUMENTS if call.get(key) is not None]
+    if len(given) > 1:
+        raise RowError(f"{where} has both {given[0]} and {given[1]}; keep one")
+    if given:  # in the row's own order, which some templates print
+        kept = {k: v for k, v in call.items() if k not in _ARGUMENTS or k == given[0]}
+        return {"arguments" if k == given[0] else k: v for k, v in kept.items()}
+    rest = {k: v for k, v in call.items() if k not in _ARGUMENTS}
+    if strange := [k for k, v in rest.items() if v is not None and k not in _OTHER_KEYS]:
+        raise RowError(f"{where} has {shown(strange[0])} and no arguments; call them arguments")
+    return {**rest, "arguments": {}}

@@ -1,8 +1,9 @@
 """The keys of a message or a row that say whether, and how strongly, it trains.
 
-Spellings of several tools are honoured: `train`, `training`, `loss`, `loss_mask` (true, false, 0 or
-1) and `weight`, `loss_weight` (any number from 0 on), whatever their case, hyphens or underscores.
-Several on one message all count: it trains where none of them says no.
+Spellings of several tools are honoured: `train`, `training`, `trainable`, `do_train`,
+`train_on_turn`, `loss`, `loss_mask` (true, false, 0 or 1) and `weight`, `loss_weight` (any number
+from 0 on), whatever their case, hyphens or underscores. Several on one message all count: it trains
+where none of them says no.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_dft.data.conversation import RowError
 from megatron_dft.data.row_values import shown
 
-_SWITCHES = {"train", "training", "loss", "lossmask"}
+_SWITCHES = {"train", "training", "loss", "lossmask", "trainonturn", "dotrain", "trainable"}
 _WEIGHTS = {"weight", "lossweight"}
 _BY_CHARACTER = {"traindetail", "trainingdetail", "traindetails", "trainingdetails"}
 

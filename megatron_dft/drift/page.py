@@ -126,6 +126,8 @@ def _table(table: Table) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     caption = html.escape(table.caption)
+    if not rows:  # the caption says that there are none; a head alone looks like a fault
+        return f'<p class="note">{caption}</p>' if caption else ""
     if table.folded:
         return f"<details><summary>{caption}</summary>{body}</details>"
     return (f'<p class="note">{caption}</p>' if caption else "") + body

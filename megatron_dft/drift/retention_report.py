@@ -90,7 +90,7 @@ def conclusion(report: Report) -> str:
     if task is not None:
         kl = _on(report, task, "kl")
         text = f"On the {task} the KL from the base is {_span(kl, '{}')} nats a token"
-        if len(kl) > 1:
+        if len(set(kl.values())) > 1:
             order = sorted(kl, key=kl.__getitem__)
             text += f"; by arXiv 2509.04259 {order[0]} should have forgotten least"
             if "general" in texts:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,29 @@ from megatron_dft.data.prepare import ERRORS
 from megatron_dft.data.reading import parse_columns
 from megatron_dft.data.schema import FORMATS
 from megatron_dft.data.spec import DROPS, REWRITES, RowKind
+from megatron_dft.flags import data_values
 
 DEFAULT_MAX_BAD_ROWS = 0.001
 WRONG_REWARD = -0.2
+
+
+def add_layout(group: Any) -> None:
+    """Adds the flags of what a row is to a parser or group, for every command that reads rows."""
+    group.add_argument(
+        "--data-format",
+        choices=FORMATS,
+        default=None,
+        help="layout of the rows; recognised by their columns where it is not given",
+    )
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        default=[],
+        help="where the rows have other names: prompt=question completion=answer trains text as it "
+        "stands, instruction=question output=answer puts it through the chat template; also "
+        "messages=, conversations=, input=, history=, system=, tools=, weight=",
+    )
 
 
 def add_arguments(group: Any) -> None:
@@ -45,28 +62,14 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--valid-share",
-        type=_valid_share,
+        type=data_values.valid_share,
         default=0.0,
         metavar="F",
         help="in place of --valid-data: hold out this share of the rows of each item of "
         "--train-data and evaluate on them; rows are chosen by their content, so that every run "
         "with the same data holds out the same, and copies of a row stay together",
     )
-    add(
-        "--data-format",
-        choices=FORMATS,
-        default=None,
-        help="layout of the rows; recognised by their columns where it is not given",
-    )
-    add(
-        "--columns",
-        nargs="+",
-        metavar="NAME=COLUMN",
-        default=[],
-        help="where the rows have other names: prompt=question completion=answer trains text as it "
-        "stands, instruction=question output=answer puts it through the chat template; also "
-        "messages=, conversations=, input=, history=, system=, tools=, weight=",
-    )
+    add_layout(group)
     add(
         "--mask-history",
         action="store_true",
@@ -74,7 +77,7 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--max-samples",
-        type=_whole_number,
+        type=data_values.whole_number,
         metavar="N",
         help="read the first N rows of each item alone: a trial run",
     )
@@ -90,14 +93,14 @@ def add_arguments(group: Any) -> None:
         "--chat-template-args",
         metavar="JSON",
         default=None,
-        type=_template_args,
+        type=data_values.template_args,
         help="variables for the template, as a JSON object, e.g. '{\"enable_thinking\": false}'",
     )
     add(
         "--template-date",
         metavar="YYYY-MM-DD",
         default=None,
-        type=_template_date,
+        type=data_values.template_date,
         help="the date that a template is told which prints today's; such a template is refused "
         "without it, because the tokens would change from day to day",
     )
@@ -156,7 +159,7 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--max-bad-rows",
-        type=_max_bad_rows,
+        type=data_values.max_bad_rows,
         default=None,
         metavar="N",
         help="with --data-errors skip: how many rows may be bad, as a share of all below 1 "
@@ -171,7 +174,7 @@ def add_arguments(group: Any) -> None:
     )
     add(
         "--data-workers",
-        type=_whole_number,
+        type=data_values.whole_number,
         default=None,
         metavar="N",
         help="tokenising processes; default: one a core",
@@ -251,48 +254,3 @@ def _row_kind(args: argparse.Namespace) -> RowKind:
             raise ValueError(f"--wrong-reward: expected at most 0, got {wrong:g}; -0.2 is usual")
         return RowKind("rewarded", wrong)
     return RowKind("weighted") if args.reward_weights else RowKind()
-
-
-def _template_args(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    return value
-
-
-def _template_date(text: str) -> str:
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected YYYY-MM-DD, got {text!r}") from None
-
-
-def _valid_share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to below 1, got {text!r}")
-    return value
-
-
-def _max_bad_rows(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf") or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(
-            f"expected a share from 0 to below 1, or a whole count, got {text!r}"
-        )
-    return value
-
-
-def _whole_number(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)

@@ -6,6 +6,8 @@ of one conversation. The CPU runtime brings layers of its own (cpu/layers.py), w
 
 import argparse
 import importlib.util
+import sys
+from typing import Any
 
 from megatron_dft.flags.defaults import has_transformer_engine
 from megatron_dft.losses.refusals import Refusal, given, refuse
@@ -46,10 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(args: argparse.Namespace, on_cpu: bool) -> None:
+def check(args: argparse.Namespace, on_cpu: bool, elsewhere: bool = False) -> None:
     """Raise one ValueError for what this device or its layers cannot do.
 
-    args: parsed, not yet validated by Megatron. on_cpu: whether the CPU runtime is active.
+    args: parsed, not yet validated by Megatron. on_cpu: whether it is a CPU. elsewhere: it is not
+    this machine's; transformer-engine is taken to be there.
     """
     if args.require_fused_attention and (on_cpu or args.transformer_impl == "local"):
         raise ValueError(
@@ -58,7 +61,7 @@ def check(args: argparse.Namespace, on_cpu: bool) -> None:
         )
     _check_async_save(args, on_cpu)
     is_local = args.transformer_impl == "local"
-    if not is_local and not has_transformer_engine():
+    if not is_local and not (elsewhere or has_transformer_engine()):
         where = "on a CPU" if on_cpu else "without transformer-engine"
         raise ValueError(
             f"--transformer-impl: expected local {where}, got {args.transformer_impl}; "
@@ -75,6 +78,32 @@ def check(args: argparse.Namespace, on_cpu: bool) -> None:
             "one conversation, got packed rows; install transformer-engine, or add --no-packing"
         )
     refuse(args, _LOCAL, "--transformer-impl local")
+
+
+def transformer_engine_installed() -> bool:
+    """Whether it is there, although the CPU runtime hides it."""
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    return any(find is not None and find("transformer_engine", None) for find in finders)
+
+
+def as_on_gpu(args: argparse.Namespace, given: dict[str, Any]) -> argparse.Namespace:
+    """args of a CPU's defaults as they would be on a GPU with transformer-engine.
+
+    given: flags as typed.
+    """
+    of_gpu = {"transformer_impl": "transformer_engine", "use_cpu_initialization": False}
+    known = {dest: given.get(dest, value) for dest, value in of_gpu.items()}
+    return argparse.Namespace(**vars(args) | known)
+
+
+def refused_without_te(args: argparse.Namespace) -> str | None:
+    """Why a GPU would refuse these checked flags with Megatron's own layers; None where not."""
+    own = {"transformer_impl": "local", "use_cpu_initialization": False}
+    try:
+        check(argparse.Namespace(**vars(args) | own), on_cpu=False)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_async_save(args: argparse.Namespace, on_cpu: bool) -> None:

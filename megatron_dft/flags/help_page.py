@@ -1,12 +1,20 @@
 """`--help`: our flags in groups, with defaults, and those of Megatron's that every run sets;
-`--help-megatron`: the thousand others."""
+`--help-megatron`: the thousand others.
+
+Our own are read from help.json: their definitions import torch, which takes seconds.
+"""
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from megatron_dft.flags.defaults import TRAINING_DEFAULTS
-from megatron_dft.flags.definitions import define
 from megatron_dft.storage import terminal
+
+# [{title, description, rows: [{flags, metavar, nargs, help}], scoring}], of the flags themselves
+# by `python tools/flags_page.py`; scoring: the group is of scoring runs alone.
+TABLE = Path(__file__).with_name("help.json")
 
 MEGATRON = "--help-megatron"
 _USAGE = (
@@ -43,7 +51,7 @@ _COMMON: tuple[tuple[str, str, str], ...] = (
     ("--save-interval", "STEPS", "between checkpoints"),
     ("--load", "DIR", "go on from the newest checkpoint, where there is one"),
     ("--eval-interval", "STEPS", "between evaluations; default: a tenth of the run, at least 10"),
-    ("--log-interval", "STEPS", "between progress lines; default: {log_interval}"),
+    ("--log-interval", "STEPS", "between progress lines; default: 1"),
     ("--tensorboard-dir", "DIR", "write TensorBoard's files there"),
     ("--seed", "N", "of the order of the data, and of dropout; default: 1234"),
 )  # fmt: skip
@@ -69,30 +77,37 @@ def print_help(argv: Sequence[str], scoring: bool) -> bool:
         prog=f"megatron-dft {command}",
         usage=_USAGE.format(command=command),
         add_help=False,
-        formatter_class=Defaults,
         epilog=f"Every flag of Megatron's works beside these: {MEGATRON} lists them.",
     )
     _add(parser.add_argument_group("launch"), _LAUNCH)
     _add(parser.add_argument_group("Megatron's flags that most runs set"), _COMMON)
-    define(parser, scoring)
+    for group in json.loads(TABLE.read_text(encoding="utf-8")):
+        if scoring or not group["scoring"]:
+            _add_group(parser, group)
     terminal.say(parser.format_help().rstrip())
     return True
 
 
 def _add(group: argparse._ArgumentGroup, rows: Sequence[tuple[str, str, str]]) -> None:
     for flag, value, text in rows:
-        text = text.format(**TRAINING_DEFAULTS)
         if value:
             group.add_argument(flag, metavar=value, help=text)
         else:
             group.add_argument(flag, action="store_true", help=text)
 
 
-def print_megatrons(
-    parser: argparse.ArgumentParser, groups: Sequence[argparse._ArgumentGroup]
-) -> None:
-    """Print these groups of Megatron's parser, with the defaults of a run here."""
-    parser.set_defaults(**TRAINING_DEFAULTS)
+def _add_group(parser: argparse.ArgumentParser, group: dict[str, Any]) -> None:
+    to = parser.add_argument_group(group["title"], group["description"])
+    for row in group["rows"]:
+        text = row["help"].replace("%", "%%")
+        if row["nargs"] == 0:
+            to.add_argument(*row["flags"], action="store_true", help=text)
+        else:
+            to.add_argument(*row["flags"], metavar=row["metavar"], nargs=row["nargs"], help=text)
+
+
+def print_megatrons(groups: Sequence[argparse._ArgumentGroup]) -> None:
+    """Print these groups of Megatron's parser."""
     formatter = Defaults("megatron-dft train")
     for group in groups:
         formatter.start_section(group.title)

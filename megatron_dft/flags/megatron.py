@@ -25,16 +25,17 @@ _REFUSED: dict[str, Refusal] = {
     ),
     "cuda_graph_impl": Refusal(
         lambda value: value not in (None, "none"),
-        "replays a layer with what it was captured with, and has not been run on packed rows "
-        "(transformer_engine's takes none)",
+        "replays a layer with the numbers that it was captured with, which of packed rows are the "
+        "longest conversation and how many there are (transformer_engine's takes no packed row), "
+        "and no graph of this loop has been captured",
         "use --cuda-graph-impl none",
     ),
     "perform_rl_step": Refusal(bool, "is for reinforcement learning", "use stock Megatron-LM"),
     "use_torch_fsdp2": Refusal(bool, "has not been proven here", "use --use-distributed-optimizer"),
     "use_megatron_fsdp": Refusal(
         bool,
-        "shards parameters as DTensors, which no torch_dist checkpoint holds and no Hugging Face "
-        "weight is written into",
+        "shards parameters as DTensors, which no torch_dist checkpoint holds and no export to "
+        "Hugging Face gathers",
         "use --use-distributed-optimizer",
     ),
     "transformer_impl": Refusal(

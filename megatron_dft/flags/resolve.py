@@ -44,12 +44,16 @@ Opener = Callable[..., HFCheckpoint]
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, scoring: bool = False, opener: Opener = open_checkpoint
+    parser: argparse.ArgumentParser,
+    scoring: bool = False,
+    opener: Opener = open_checkpoint,
+    for_gpus: bool = False,
 ) -> argparse.ArgumentParser:
     """Add our flags to Megatron's parser and set what the model and the device decide.
 
     scoring: for score.py, which takes the flags of training and some of its own. opener: opens
-    --hf-model; as hf.source.open_checkpoint.
+    --hf-model; as hf.source.open_checkpoint. for_gpus: the CPU runtime stands in for GPUs that the
+    run will have: Megatron gets a CPU's defaults, ours are judged as on a GPU.
 
     Raises:
         ValueError: one line naming the flag, what was expected, what came, and the remedy.
@@ -58,10 +62,11 @@ def add_arguments(
     define(parser, scoring)
     mend_help(parser)
     if help_page.MEGATRON in sys.argv[1:]:
-        help_page.print_megatrons(parser, megatrons)
+        parser.set_defaults(**defaults.TRAINING_DEFAULTS)
+        help_page.print_megatrons(megatrons)
         parser.exit()
     refuse_in_one_line(parser)
-    _resolve(parser, scoring, opener)
+    _resolve(parser, scoring, opener, on_cpu=runtime.is_active() and not for_gpus)
     return parser
 
 
@@ -79,7 +84,7 @@ def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
         parser._defaults = defaults
 
 
-def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> None:
+def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener, on_cpu: bool) -> None:
     given = given_flags(parser)
     chosen = dict(defaults.TRAINING_DEFAULTS)
     checkpoint, vocab_size = None, given.get("vocab_size")
@@ -115,7 +120,8 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
     else:
         scores.check_training(args, asked)
         evaluation.check(args, given)
-    _check(args, checkpoint, asked)
+    of_device = args if on_cpu == runtime.is_active() else device.as_on_gpu(args, given)
+    _check(args, checkpoint, asked, of_device, on_cpu)
     parser.set_defaults(eval_interval=evaluation.interval(args, given))
     padded = args.padded_vocab_size or 0
     if vocab_size is not None:
@@ -127,7 +133,7 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
             asked,
             checkpoint,
             vocab_size,
-            route.resolve(args, asked, padded, runtime.is_active(), model.head_lacks(checkpoint)),
+            route.resolve(args, asked, padded, on_cpu, model.head_lacks(checkpoint)),
             _reference(args, checkpoint, asked, opener),
             reference_scores=None if scoring else args.dft_reference_scores,
             whole_evaluation=evaluation.is_whole(args, given),
@@ -137,12 +143,21 @@ def _resolve(parser: argparse.ArgumentParser, scoring: bool, opener: Opener) -> 
     )
 
 
-def _check(args: argparse.Namespace, checkpoint: HFCheckpoint | None, asked: Objective) -> None:
-    """Every refusal that needs no validation by Megatron (recovery.check does)."""
+def _check(
+    args: argparse.Namespace,
+    checkpoint: HFCheckpoint | None,
+    asked: Objective,
+    of_device: argparse.Namespace,
+    on_cpu: bool,
+) -> None:
+    """Every refusal that needs no validation by Megatron (recovery.check does).
+
+    of_device: args with the defaults of the device that the run will have.
+    """
     megatron.refuse_settings(args, asked)
-    device.check(args, runtime.is_active())
+    device.check(of_device, on_cpu, elsewhere=on_cpu != runtime.is_active())
     objective.check(args, asked)
-    model.check(args, checkpoint, runtime.is_active())
+    model.check(of_device, checkpoint, on_cpu)
     route.check(args, asked, model.head_lacks(checkpoint))
     data.check(args)
     schedule.check_epochs(args)

@@ -90,7 +90,8 @@ def _fetch(name: str, revision: str | None, code: bool) -> tuple[Path, str | Non
         raise ValueError(
             f"--hf-model {name!r} is neither a directory nor a model that the hub gives (revision "
             f"{revision or 'main'}): {type(error).__name__}: {reason}. Give a directory with "
-            "config.json and *.safetensors, or download it first (hf download NAME)"
+            "config.json and *.safetensors, or download it first (hf download NAME); without a "
+            "network HF_HUB_OFFLINE=1 takes what the cache has and does not wait"
         ) from None
     return path, path.name  # the cache names a snapshot's directory after the commit
 

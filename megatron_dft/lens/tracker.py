@@ -113,7 +113,7 @@ def _sums(live: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
             torch.linalg.vector_norm(delta, dtype=torch.float32).double() ** 2,
             torch.linalg.vector_norm(start, dtype=torch.float32).double() ** 2,
             (live.bfloat16() == start.bfloat16()).sum().double(),
-            torch.tensor(float(live.numel()), dtype=torch.float64, device=live.device),
+            torch.full((), float(live.numel()), dtype=torch.float64, device=live.device),
         )
     )
 

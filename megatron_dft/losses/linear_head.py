@@ -39,7 +39,7 @@ from megatron_dft.losses.linear_shapes import (
     pick_design,
 )
 from megatron_dft.losses.row_filter import RowFilter
-from megatron_dft.losses.supervised_rows import SupervisedRows
+from megatron_dft.losses.supervised_rows import SupervisedRows, on_device
 from megatron_dft.losses.token_stats import TokenStats
 from megatron_dft.losses.vocab_autograd import world_size
 from megatron_dft.losses.vocab_parallel import TOP_K
@@ -198,7 +198,7 @@ def linear_head_loss(
     if "kl" in objective.needs:
         found["kl"] = kl
     loss, token_weight = objective(
-        TokenStats(log_prob=log_prob, mask=supervised.to(hidden.device), **{**found, **stats})
+        TokenStats(log_prob=log_prob, mask=on_device(supervised, hidden.device), **found | stats)
     )
     return LinearHeadOutput(loss, token_weight, log_prob.detach(), is_top1, kl)
 

@@ -62,7 +62,8 @@ def p_alpha(stats: TokenStats, alpha: float) -> Terms:
 
 def _deformed_nll(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
     """(1 − p^α)/α, without cancellation for small α, and −log p at α = 0."""
-    alpha = torch.as_tensor(alpha, dtype=log_prob.dtype, device=log_prob.device)
+    if not isinstance(alpha, Tensor):
+        alpha = log_prob.new_full((), alpha)  # made on the device: nothing waits for a copy
     # (1 − e^x)/α with x = α·log p; at α = 0 with log p = −inf, x would be NaN.
     return torch.where(alpha == 0, -log_prob, -torch.expm1(alpha * log_prob) / alpha)
 

@@ -12,6 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on `device`; from host memory to a GPU by a copy that the host does not wait for.
+
+    A plain `.to` waits until the GPU has done all that was launched before.
+    """
+    if values.is_cpu and device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 class SupervisedRows:
     """Moves hidden states in and their gradients out; only supervised rows travel.
 
@@ -30,7 +40,8 @@ class SupervisedRows:
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel and self.ranks > 1
         self.tokens = len(supervised_T)
-        self.index = supervised_T.nonzero().squeeze(1).to(device or supervised_T.device)
+        index = supervised_T.nonzero().squeeze(1)
+        self.index = index if device is None else on_device(index, device)
         self.all = len(self.index) == self.tokens
         if self.sequence_parallel:
             assert group is not None

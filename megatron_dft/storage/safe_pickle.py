@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
+from megatron_dft.storage import pickle_scan
+
 
 class UnsafeFileError(ValueError):
     """A file that names what may not be built, or is not what it should be; one line."""
@@ -54,8 +56,6 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 # Their classes are never needed to read a tensor, and differ from release to release.
 _STAND_INS = ("torch.distributed.", "megatron.", "nvidia_resiliency_ext.", "modelopt.")
-# Python's own unpickler is slow, but a memo of 2**28 places costs C's 5 GB and 20 s.
-_CAREFUL_BYTES = 4 * 2**20
 
 
 def is_class_name(name: str) -> bool:
@@ -85,11 +85,11 @@ class Inert:
         pass
 
 
-class _Rules:
-    """The list, for either of Python's unpicklers. `foreign`: the names it does not have."""
+class _Listed(pickle.Unpickler):
+    """Builds what the list has. `foreign`: the names it does not have."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)  # type: ignore[call-arg]
+        super().__init__(file)
         self.foreign: list[str] = []
 
     def find_class(self, module: str, name: str) -> Any:
@@ -102,23 +102,15 @@ class _Rules:
         return Inert
 
 
-class _Careful(_Rules, pickle._Unpickler):
-    pass
-
-
-class _Fast(_Rules, pickle.Unpickler):
-    pass
-
-
 def loads(content: bytes) -> tuple[Any, list[str]]:
     """(what the pickle holds, the names of what it asked for and did not get).
 
     Raises UnsafeFileError (the reason alone, not the file) where it is no pickle.
     """
-    kind = _Careful if len(content) <= _CAREFUL_BYTES else _Fast
-    unpickler = kind(io.BytesIO(content))
+    unpickler = _Listed(io.BytesIO(content))
     before = {known: dict(vars(known)) for known in _KNOWN.values() if hasattr(known, "__dict__")}
     try:
+        pickle_scan.check(content)
         value = unpickler.load()
     except Exception as error:  # whatever the classes say to what they are given
         reason = " ".join(str(error).split())[:120] or type(error).__name__

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_dft.storage import pickle_scan
+
 _LOCAL_HEADER = 30  # bytes before the name in a zip record; its last four are two lengths
 
 
@@ -82,8 +84,11 @@ def locate(file: Path, offset: int, length: int, shape: tuple[int, ...], dtype: 
                 names = {"/".join(i.filename.split("/")[1:]): i for i in archive.infolist()}
             # Not archive.read(): torch can leave out the checksums that it would want.
             window.seek(_start(names["data.pkl"], window))
-            described = io.BytesIO(window.read(names["data.pkl"].file_size))
-            (kind, storage, key, *_), first, size, stride = _Description(described).load()
+            described = window.read(names["data.pkl"].file_size)
+            pickle_scan.check(described)
+            (kind, storage, key, *_), first, size, stride = _Description(
+                io.BytesIO(described)
+            ).load()
             record = names[f"data/{key}"]
             start, stored = _start(record, window), getattr(torch, storage).dtype
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.training import get_args
 
-from megatron_dft.data import repeats
+from megatron_dft.data import repeats, shared_rows
 from megatron_dft.data.dataset import ChatDataset, build_dataset, check_rows
 from megatron_dft.data.fingerprint import check_resume, record
 from megatron_dft.data.options import DatasetOptions
@@ -87,6 +87,7 @@ def prepare(args: Any) -> None:
 
     Called on the first rank of each node; the others find the cache when they build.
     """
+    train = None
     if args.train_data and not args.skip_train:
         train = build(args, "--train-data", None, shuffle=True, progress=True)
         if args.train_epochs is not None:
@@ -97,6 +98,18 @@ def prepare(args: Any) -> None:
         valid = build(args, flag, None, shuffle=False, progress=True)
         if not settings().whole_evaluation:
             evaluation.check_iters(args, valid.rows_per_pass)
+        if train is not None and flag == "--valid-data":
+            _warn_of_shared(train, valid)
+
+
+def _warn_of_shared(train: ChatDataset, valid: ChatDataset) -> None:
+    stores = valid.conversations.stores
+    count = shared_rows.shared(train.conversations.stores, stores)
+    if count:
+        terminal.warn(
+            f"warning: --valid-data: {count:,} of its {sum(map(len, stores)):,} conversations are "
+            "in --train-data too, and their loss tells nothing of others; take them out of one"
+        )
 
 
 def with_steps(args: Any, train: ChatDataset) -> argparse.Namespace:

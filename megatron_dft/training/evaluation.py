@@ -5,16 +5,15 @@ cross entropy is left to it, everything else is taken out of its hands and said,
 TensorBoard and W&B, here.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dft.compat.loop import on_evaluation
-from megatron_dft.losses.report import CROSS_ENTROPY, SOURCE
+from megatron_dft.losses.report import CROSS_ENTROPY
 from megatron_dft.storage import terminal
-from megatron_dft.training.progress import short_figures
+from megatron_dft.training.progress import of_items, short_figures
 
 _PAIRS = (
     ("dpo loss", "dpo loss"),
@@ -51,12 +50,7 @@ class Evaluation:
         parts = [f"evaluation after step {step}", f"{CROSS_ENTROPY} {figures[CROSS_ENTROPY]:.4f}"]
         parts += short_figures(figures)
         parts += [f"{short} {figures[name]:.4f}" for name, short in _PAIRS if name in figures]
-        items = [name for name in figures if name.startswith(SOURCE)]
-        # The last part of a path tells them apart, mostly.
-        short = {name: Path(name.removeprefix(SOURCE)).name for name in items}
-        if len(set(short.values())) < len(items):
-            short = {name: name.removeprefix(SOURCE) for name in items}
-        parts += [f"{short[name]} {figures[name]:.4f}" for name in items]
+        parts += of_items(figures)
         terminal.say(" | ".join(parts))
         if self.args.skip_train:
             return

@@ -90,17 +90,19 @@ def configure(
     prepare: Callable[[Any], None],
     scoring: bool = False,
     opener: Callable[..., Any] = open_checkpoint,
+    for_gpus: bool = False,
 ) -> Any:
     """Megatron's args, validated, with ours; set as Megatron's global ones.
 
     argv: for the device alone; Megatron's parser reads sys.argv. opener: opens --hf-model.
+    for_gpus: judge for GPUs although this machine has none; nothing can be trained then.
 
     Raises ValueError or AssertionError for a user's mistake.
     """
     _default_environment()
     loopback.install()
     release.check_release()
-    if wants_cpu(requested_device(argv)):
+    if for_gpus or wants_cpu(requested_device(argv)):
         runtime.activate()
     else:
         wgrad_fusion.install()
@@ -118,7 +120,9 @@ def configure(
     # Megatron's parse_and_validate_args with one step more: the data is read before
     # set_global_variables opens the first file to write.
     args = parse_args(
-        extra_args_provider=functools.partial(add_arguments, scoring=scoring, opener=opener)
+        extra_args_provider=functools.partial(
+            add_arguments, scoring=scoring, opener=opener, for_gpus=for_gpus
+        )
     )
     if scoring:
         scores.leave_out_training(args)

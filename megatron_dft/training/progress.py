@@ -1,6 +1,8 @@
 """One line a step that a person can read: rich on a terminal, else plain."""
 
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from megatron_dft.losses.report import (
     CROSS_ENTROPY,
     END_PROB,
     HISTOGRAM_BINS,
+    SOURCE,
     TOKENS,
     histogram_key,
 )
@@ -21,6 +24,8 @@ _SHORT = {
     "dft/token-accuracy": "accuracy",
     END_PROB: "end p",
 }
+# Items of the data whose losses a step's line has room for; TensorBoard has all.
+_ITEMS = 4
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -35,6 +40,15 @@ def sparkline(shares: list[float]) -> str:
 def short_figures(figures: dict[str, float]) -> list[str]:
     """The figures between 0 and 1 that are there, each with a short name."""
     return [f"{short} {figures[name]:.3f}" for name, short in _SHORT.items() if name in figures]
+
+
+def of_items(figures: dict[str, float]) -> list[str]:
+    """The cross entropy of each item of the data that had tokens, by the last part of its path."""
+    items = [name for name in figures if name.startswith(SOURCE)]
+    short = {name: Path(name.removeprefix(SOURCE)).name for name in items}
+    if len(set(short.values())) < len(items):
+        short = {name: name.removeprefix(SOURCE) for name in items}
+    return [f"{short[n]} {figures[n]:.4f}" for n in items if not math.isnan(figures[n])]
 
 
 def duration(seconds: float) -> str:
@@ -120,8 +134,10 @@ class Progress:
         parts += [
             f"{name} {value:.4f}"
             for name, value in figures.items()
-            if name.endswith(" loss") and name != CROSS_ENTROPY
+            if name.endswith(" loss") and name != CROSS_ENTROPY and not name.startswith(SOURCE)
         ]
+        items = of_items(figures)
+        parts += items[:_ITEMS] + [f"and {len(items) - _ITEMS} items"] * (len(items) > _ITEMS)
         parts += short_figures(figures)
         if call.get("grad_norm") is not None:
             parts.append(f"grad {float(call['grad_norm']):.3g}")

@@ -262,11 +262,14 @@ def test_relative_paths_are_those_of_where_the_command_was_given(script, dry, jo
         "--train-data 0.5,cap=3:a.jsonl 0.5:org/name --valid-data=v.csv --hf-model model".split()
     )
     job_id = None if script == "local.sh" else "42"
+    named = dict(RUN_DIR="run", HF_HOME="../hf", PYTHON="../stubs/python")
     ended = job.run(*dry, *given, "--tensorboard-dir", "tb", script=script, cwd=here,
-                    SLURM_JOB_ID=job_id)  # fmt: skip
+                    SLURM_JOB_ID=job_id, **named)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     words = (job.stubs / "argv").read_text().splitlines()
     for word in (f"0.5,cap=3:{here}/a.jsonl", "0.5:org/name", f"--valid-data={here}/v.csv",
-                 f"{here}/model", f"{here}/tb"):  # fmt: skip
+                 f"{here}/model", f"{here}/tb", f"{here}/run/checkpoints"):  # fmt: skip
         assert word in words, word
+    assert f"HF_HOME={tmp_path}/hf\n" in (job.stubs / "env").read_text()
+    assert bool(dry) or (here / "run" / "config.sh").exists() or (here / "run" / "legs").exists()
     assert ("--dry-run" in words) == bool(dry)

@@ -39,7 +39,11 @@ def test_a_run_that_would_start(tiny_model, chats, tmp_path):
     given = dict(train_iters=None, train_epochs=2, valid_data=chats, save=tmp_path / "ckpt")
     words = flags(tiny_model, chats, save_interval=5, tensor_model_parallel_size=2, **given)
     status, said, wrong = dry_run(words, world_size=4)
-    assert (status, wrong) == (0, "")
+    assert status == 0
+    assert wrong == (
+        "warning: --valid-data: 48 of its 48 conversations are in --train-data too, and their loss "
+        "tells nothing of others; take them out of one\n"
+    )
     lines = [line for line in said.splitlines() if line.startswith("> ")]
     assert (
         lines[0] == "> loss: dft (arXiv 2508.05629), the default; --loss sft is plain cross entropy"
@@ -48,6 +52,26 @@ def test_a_run_that_would_start(tiny_model, chats, tmp_path):
     assert "> evaluation: 48 rows of --valid-data, whole, every 10 steps and at the end" in lines
     assert lines[-1] == "> dry run: 4 ranks (TP 2 PP 1 CP 1) would start"
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_machine_without_a_gpu_says_for_whom_it_judged(tiny_model, chats):
+    """No GPU here, nor transformer-engine: as on a login node."""
+    words = [str(w) for w in flags(tiny_model, chats)]
+    on_cpu = "> no GPU here: checked as the CPU run that it is; --device cuda"
+    for device, expected in (("cpu", ""), ("auto", on_cpu)):
+        status, said, _ = dry_run([*words, "--device", device])
+        assert status == 0 and expected in said and ("no GPU" in said) == bool(expected)
+    for_gpus = [*words, "--device", "cuda"]
+    status, said, _ = dry_run([*for_gpus, "--require-fused-attention"])
+    assert status == 0 and "> no GPU here: checked for GPU nodes" in said
+    assert "nodes without it refuse the run: --require-fused-attention" in said
+    for given, refused in (
+        (["--use-cpu-initialization"], "--use-cpu-initialization: leaves the weights on the CPU"),
+        (["--transformer-impl", "local", "--sequence-parallel", "--no-packing",
+          "--tensor-model-parallel-size", "2"], "--sequence-parallel: is not in Megatron's own"),
+    ):  # fmt: skip
+        status, _, wrong = dry_run([*for_gpus, *given], world_size=2)
+        assert status == 2 and refused in wrong, wrong
 
 
 def _without(name):

@@ -1,5 +1,6 @@
 """A store whose address is this machine's own listens there alone."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -49,6 +50,22 @@ def test_nothing_of_a_job_of_one_node_listens_to_the_network(tmp_path):
     found = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("LISTENS")]
     # The launcher's two stores, at least.
     assert len(found) >= 2 and set(found) == {LOOPBACK}
+
+
+def test_a_free_port_is_handed_to_nobody_else_and_can_be_listened_on():
+    """Two runs that begin together, and whoever connects somewhere in between."""
+    from megatron_dft.compat import loopback
+
+    ports = [loopback.free_port() for _ in range(20)]
+    others = set()
+    with contextlib.ExitStack() as stack:
+        for _ in range(500):
+            other = stack.enter_context(socket.socket())
+            other.bind(("127.0.0.1", 0))
+            others.add(other.getsockname()[1])
+    assert len({*ports}) == 20 and not others & {*ports}
+    for port in ports:
+        loopback._listen("127.0.0.1", port).close()
 
 
 @pytest.fixture

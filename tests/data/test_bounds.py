@@ -2,12 +2,13 @@
 
 import resource
 import signal
+import time
 
 import pytest
 
 from megatron_dft.data import bounds
 from megatron_dft.data.encode import ChatEncoder
-from megatron_dft.data.schema import RowError
+from megatron_dft.data.schema import RowError, parse_row
 from megatron_dft.data.tokenizer import encoder_spec
 from megatron_dft.rollout.chat import Rendering, stop_ids
 from tests.data.fixtures import CHATML_TEMPLATE, chat, chatml_tokenizer
@@ -77,3 +78,21 @@ def test_on_a_row(kind):
         with pytest.raises(RowError, match=expected):
             encode(encoder, {"messages": chat("trigger", "b")})
         assert len(encode(encoder, {"messages": chat("a", "b")})) == 1
+
+
+def test_in_a_batch_each_row_has_its_own_time_and_what_lies_between_has_none(monkeypatch):
+    monkeypatch.setattr(bounds, "SECONDS", 0.1)
+    guard = "{% if 'trigger' in messages[0].content %}" + _ENDLESS + "{% endif %}"
+    encoder = _encoder(guard + CHATML_TEMPLATE)
+    good, bad = (parse_row({"messages": chat(word, "b")}, None) for word in ("a", "trigger"))
+    begin = time.process_time()
+    with encoder.renderer.batch():
+        limit = resource.getrlimit(resource.RLIMIT_DATA)
+        while time.process_time() < begin + 0.2:  # many renderings in more than the time of one
+            assert len(encoder.render(good)) == 1
+        while time.process_time() < begin + 0.4:  # and what is no rendering
+            pass
+        with pytest.raises(RowError, match="more than 0.1 s of CPU time"):
+            encoder.render(bad)
+        assert len(encoder.render(good)) == 1
+        assert resource.getrlimit(resource.RLIMIT_DATA) == limit, "set once for all of them"

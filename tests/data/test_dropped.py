@@ -159,6 +159,10 @@ def test_keys_that_nothing_reads_are_listed_once(tmp_path):
         "column 'id' is not read": 3,
         "key 'mood' of messages is not read": 3,
     }
+    refused = [{"messages": [*chat("a", "b", "c"), {**chat("", "d")[1], "refusal": "No."}]}]
+    assert notes(_jsonl(tmp_path, refused, tokenizer)) == {
+        "key 'refusal' of messages is not read": 1
+    }
     # A key that the template reads is no unknown one.
     moody = AS_JSON.replace("{{ m.content or '' }}", "{{ m.mood }}{{ m.content or '' }}")
     found = notes(_jsonl(tmp_path, rows, chatml(moody)[0]))

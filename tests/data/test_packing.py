@@ -1,5 +1,8 @@
 """Packing: nothing lost, doubled or overfull, tight, and the same whenever it is asked again."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,34 @@ def _plan(lengths, cache, **options):
     return RowPlan(order, lengths, cache=cache, cache_key="k", **options)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """Fifty conversations are many."""
+    monkeypatch.setattr("megatron_dft.data.row_plan._SMALL", 5)
+
+
+def test_a_small_set_may_come_thousands_of_times(tmp_path):
+    """No file an epoch: a run has about a thousand descriptors."""
+    plan = _plan(np.full(6, 30), tmp_path, num_samples=4000)
+    assert plan.epochs() == 2000 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("large")
+def test_more_epochs_than_files_may_be_open(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(opened + 300, hard), hard))
+    try:
+        plan, again = (_plan(np.full(6, 30), tmp_path, num_samples=800) for _ in range(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert plan.epochs() == 400 and len(list(tmp_path.iterdir())) == 400
+    assert [again.members(i).tolist() for i in (0, 799)] == [
+        plan.members(i).tolist() for i in (0, 799)
+    ]
+
+
+@pytest.mark.usefixtures("large")
 def test_packs_are_cached_and_the_cache_changes_nothing(tmp_path, monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 60, 50)
     plain, stored = _plan(lengths, None), _plan(lengths, tmp_path)
@@ -73,13 +104,14 @@ def test_packs_are_cached_and_the_cache_changes_nothing(tmp_path, monkeypatch):
     cached = _plan(lengths, tmp_path)
     for i in range(40):
         assert plain.members(i).tolist() == stored.members(i).tolist() == cached.members(i).tolist()
-    monkeypatch.undo()
+    monkeypatch.setattr("megatron_dft.data.row_plan.pack", packing.pack)
     other = _plan(lengths, tmp_path, seed=2)
     assert [other.members(i).tolist() for i in range(40)] != [
         plain.members(i).tolist() for i in range(40)
     ]
 
 
+@pytest.mark.usefixtures("large")
 def test_a_cut_packing_cache_is_refused(tmp_path):
     lengths = np.full(10, 30)
     _plan(lengths, tmp_path)

@@ -136,6 +136,45 @@ def test_calls_that_are_none_are_refused(change, reason):
         parse_row({"messages": messages}, None)
 
 
+def _with_function(function, wrapped=True):
+    messages = calling(None)
+    messages[1]["tool_calls"] = [{"type": "function", "function": function}]
+    if not wrapped:
+        messages[1]["tool_calls"] = [function]
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_arguments_under_any_known_name_are_printed(key, wrapped):
+    """A template that finds none where it looks prints a call without them, silently."""
+    row = _with_function({"name": "depth", key: {"lake": "Onega"}}, wrapped)
+    template = AS_XML if wrapped else AS_XML.replace("c.function.", "c.")
+    assert texts(chatml(template), row) == [WRITES["as xml"][1] + _END]
+    turn = json.dumps({"name": "depth", key: {"lake": "Onega"}})
+    assert texts(chatml(AS_XML), _sharegpt(turn)) == [WRITES["as xml"][1] + _END]
+
+
+def test_a_call_without_arguments_has_an_empty_object():
+    empty = '<call>{"name": "depth", "arguments": {}}</call>'
+    for arguments in ({}, {"arguments": None}, {"arguments": {}, "parameters": None}):
+        row = _with_function({"name": "depth", **arguments})
+        assert texts(chatml(AS_JSON), row) == [empty + _END]
+    for strange, reason in (
+        ({"kwargs": {"lake": "Onega"}}, "has 'kwargs' and no arguments; call them arguments"),
+        ({"arguments": {}, "input": {}}, "has both arguments and input; keep one"),
+    ):
+        with pytest.raises(RowError, match=f"message 1: a tool call {reason}"):
+            parse_row(_with_function({"name": "depth", **strange}), None)
+
+
+def test_sharegpts_other_names_of_calls_are_read():
+    row = _sharegpt(json.dumps(CALL))  # wrapped as OpenAI wraps it
+    row["conversations"][1]["from"] = "tool_call"
+    row["conversations"][2]["from"] = "tool_response"
+    assert texts(chatml(AS_JSON), row) == [WRITES["as json"][1] + _END]
+
+
 def test_tools_and_functions_beside_each_other_are_refused():
     row = {"messages": calling(None), "tools": [{"name": "a"}], "functions": [{"name": "b"}]}
     with pytest.raises(RowError, match='both "tools" and "functions"; keep one'):

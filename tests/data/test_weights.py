@@ -29,7 +29,18 @@ def _turns(first, second):
 
 NO_AND_YES = [
     ({key: no}, {key: yes})
-    for key in ("train", "training", "loss", "loss_mask", "Loss-Mask", "lossMask", "TRAIN")
+    for key in (
+        "train",
+        "training",
+        "loss",
+        "loss_mask",
+        "Loss-Mask",
+        "lossMask",
+        "TRAIN",
+        "train_on_turn",
+        "trainable",
+        "doTrain",
+    )
     for no, yes in ((False, True), (0, 1), (0.0, 1.0))
 ] + [
     ({"weight": 0}, {"weight": 1}),

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_flags_page_is_that_of_the_flags():
     assert flags_page.PAGE.read_text() == flags_page.page(), "run python tools/flags_page.py"
+    assert flags_page.TABLE.read_text() == flags_page.table(), "run python tools/flags_page.py"
 
 
 def test_mkdocs_builds_strictly(tmp_path):
@@ -18,6 +19,8 @@ def test_mkdocs_builds_strictly(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "flags" / "index.html").is_file()
+    loops = (tmp_path / "loops" / "index.html").read_text()
+    assert loops.count("manual_seed") >= 2, "the files are included"
 
 
 def test_the_readme_is_a_page():

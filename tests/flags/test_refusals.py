@@ -109,6 +109,10 @@ CASES = {
         dict(loss_route="head", loss_memory=0),
         ["--loss-memory", "above 0", "1024"],
     ),
+    "offloaded activations without Transformer Engine": (
+        dict(fine_grained_activation_offloading=True, offload_modules=["core_attn"]),
+        ["offloading", "transformer_engine"],
+    ),
     "chunks of logits": (
         dict(loss_route="logits", loss_chunk_size=16),
         ["--loss-route logits", "--loss-chunk-size", "drop one"],

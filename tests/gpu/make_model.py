@@ -1,7 +1,8 @@
 """Random checkpoints and chats for the GPU suite: `python -m tests.gpu.make_model DIR KIND`.
 
-Tiny ones come from tests/hf/tiny.py and tests/chats.py; `1.5b` is Qwen2.5-1.5B's shape, `8b` eight
-layers of Llama 3.1 8B's, with rows long enough to fill packed ones of 4,096 tokens.
+Tiny ones come from tests/hf/tiny.py and tests/chats.py, with rows of pairs and of rewards; `1.5b`
+is Qwen2.5-1.5B's shape, `8b` eight layers of Llama 3.1 8B's, with rows long enough to fill packed
+ones of 4,096 tokens. `--tiny`: these two as small as the others.
 """
 
 import json
@@ -14,15 +15,13 @@ import torch
 from tests.gpu.plan import SHAPES
 
 
-def make(directory: Path, kind: str) -> None:
-    """Write DIR/model and DIR/chats.jsonl."""
-    from tests.chats import write_chats
-    from tests.hf.tiny import make_tiny, tiny_tokenizer
+def make(directory: Path, kind: str, tiny: bool = False) -> None:
+    """Write DIR/model, and chats.jsonl, pairs.jsonl, rewards.jsonl beside it."""
+    from tests.hf.tiny import tiny_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
-    if kind not in SHAPES:
-        make_tiny(kind, directory / "model")
-        write_chats(directory / "chats.jsonl")
+    if tiny or kind not in SHAPES:
+        _make_tiny(directory, SHAPES[kind][0] if kind in SHAPES else kind)
         return
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,5 +44,17 @@ def make(directory: Path, kind: str) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+def _make_tiny(directory: Path, kind: str) -> None:
+    from tests.chats import write_chats
+    from tests.hf.tiny import make_tiny
+    from tests.train.preferences import write_pairs
+
+    make_tiny(kind, directory / "model")
+    rows = write_chats(directory / "chats.jsonl").read_text().splitlines()
+    write_pairs(directory / "pairs.jsonl")
+    rewarded = [{**json.loads(r), "reward": (1.0, -1.5, 0.5)[n % 3]} for n, r in enumerate(rows)]
+    (directory / "rewards.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rewarded))
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2])
+    make(Path(sys.argv[1]), sys.argv[2], "--tiny" in sys.argv)

@@ -1,7 +1,8 @@
-"""Runs sections of the GPU suite: `python -m tests.gpu.suite OUT [--dry-run] SECTION…`
+"""Runs sections of the GPU suite: `python -m tests.gpu.suite OUT [--dry-run|--rehearse] SECTION…`
 
-Independent runs share the GPU; the training benchmark has it for itself. Prints a table, writes
-OUT/results.json; status 0 only if all holds.
+Independent runs share the GPU; the training benchmark has it for itself. Prints a table, and keeps
+OUT/results.json up to date, so that a suite that is cut off has said what it found. Status 0 only
+if all holds.
 """
 
 import argparse
@@ -9,122 +10,205 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.gpu import check
-from tests.gpu.plan import LIMITS, SECTIONS, Run, command_line
+from tests.gpu import check, processes, rehearsal
+from tests.gpu.lines import SECTIONS
+from tests.gpu.plan import DEFAULT, LIMITS, SHAPES, WHOLE, Run, command_line
+from tests.gpu.table import Table
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
-_AT_ONCE = 10
+EVERY = {run.name: run for runs in SECTIONS.values() for run in runs}
+_AT_ONCE = 14  # of the tiny runs, on 16 cores
+_PATIENCE = 20  # times the limits, in a rehearsal
+
+
+def chosen(runs: list[Run], only: str | None) -> list[Run]:
+    """The runs of these names and what they wait for; all of them without names."""
+    if only is None:
+        return runs
+    wanted: set[str] = set()
+    waiting = [name for name in only.split(",") if name in EVERY]
+    while waiting:
+        name = waiting.pop()
+        wanted.add(name)
+        waiting += EVERY[name].awaited
+    return [run for run in runs if run.name in wanted]
+
+
+def launch_words(run: Run, work: Path) -> list[str]:
+    """Arguments of launch.py."""
+    figures = [] if run in SECTIONS["train"] else ["--figures", f"WORK/figures/{run.name}.jsonl"]
+    gate = ["--gate", f"WORK/gates/{run.name}"] if run in SECTIONS["train"] else []
+    words = [word.replace("WORK", str(work)) for word in (*run.launch, *figures, *gate)]
+    return [*words, "--", *command_line(run, work)]
 
 
 def command(run: Run, work: Path) -> list[str]:
     """The run's whole command."""
-    figures = [] if run in SECTIONS["train"] else ["--figures", f"WORK/figures/{run.name}.jsonl"]
     start = [sys.executable, "-m"]
+    if run.program:
+        program = [word.replace("WORK", str(work)) for word in run.program]
+        return [*start, *program, "--", *command_line(run, work)]
     if run.ranks > 1:
         start += ["torch.distributed.run", f"--nproc-per-node={run.ranks}",
                   f"--master-port={free_port()}", "-m"]  # fmt: skip
-    launch = [word.replace("WORK", str(work)) for word in (*run.launch, *figures)]
-    return [*start, "tests.gpu.launch", *launch, "--", *command_line(run, work)]
+    return [*start, "tests.gpu.launch", *launch_words(run, work)]
 
 
-def heads(out: Path) -> list[tuple[str, list[str]]]:
-    """(name, command) of the loss heads' tests and benchmark, where they are in the tree."""
+def heads(out: Path, rehearse: bool) -> list[tuple[str, list[str], str]]:
+    """(name, command, why it means nothing without a GPU) of the loss heads' checks."""
     python = sys.executable
-    found = [("objectives", [python, "-m", "tests.gpu.objectives"])]
-    tests, benchmark = "tests/gpu/test_heads.py", "tools/benchmark_loss.py"
-    if (ROOT / tests).is_file() and importlib.util.find_spec("pytest"):
-        found.append(("head tests", [python, "-m", "pytest", "-q", tests]))
-    if (ROOT / benchmark).is_file():
-        shares = ["--supervised", "1.0", "0.5", "--repeats", "5"]
-        found.append(("loss benchmark", [python, benchmark, *shares, "--out", str(out / "loss")]))
-    return found
+    device = ["--device", "cpu"] if rehearse else []
+    small = ["--shapes", "512x64", "--tokens", "64", "--repeats", "1"] if rehearse else []
+    shares = ["--supervised", "1.0", "0.5", *(small or ["--repeats", "5"])]
+    benchmark = [python, "tools/benchmark_loss.py", *shares]
+    kernels = "the kernels are Triton's; tests/losses/test_kernels.py has them interpreted"
+    return [
+        ("self-test", [python, "-m", "tests.gpu.objectives", *device], ""),
+        ("every objective", [python, "-m", "tests.gpu.values", *device], ""),
+        ("kernels", [python, "-m", "tests.gpu.heads"], kernels),
+        ("loss benchmark", [*benchmark, "--out", str(out / "loss")], ""),
+    ]
 
 
 class Suite:
-    """Runs and their results; `out` holds logs, figures, models and the results."""
+    """Runs and their results; `out` holds logs, figures, models and the results.
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.rows = out, []
+    until: time.monotonic() at which all has to have ended.
+    """
+
+    def __init__(self, out: Path, until: float, rehearse: bool = False) -> None:
+        self.out, self.until, self.rehearse = out, until, rehearse
         self.done: dict[str, threading.Event] = {}
-        for name in ("logs", "figures"):
+        self.made: dict[str, Future[int]] = {}
+        self.threads = ThreadPoolExecutor(4)
+        for name in ("logs", "figures", "gates"):
             (out / name).mkdir(parents=True, exist_ok=True)
+        self.table = Table(out / "results.json", rehearsal=rehearse)
+        self.note = self.table.note
+
+    def left(self, until: float) -> float:
+        """Seconds to a section's end or the suite's."""
+        return min(until, self.until) - time.monotonic()
 
     def execute(self, name: str, words: list[str], limit: float) -> tuple[int, str, float]:
-        """(exit status or −1 for the time limit, output, seconds)."""
+        """(exit status or TIME_IS_OUT, output, seconds)."""
         log, began = self.out / "logs" / f"{name.replace(' ', '-')}.log", time.monotonic()
         env = os.environ | {"MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as file:
-            try:
-                status = subprocess.run(
-                    words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env,
-                    timeout=max(limit, 1),
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                status = -1
+        if self.rehearse:
+            env |= rehearsal.ENVIRONMENT
+        status = processes.run(words, log, limit, ROOT, env)
         return status, log.read_text(errors="replace"), time.monotonic() - began
 
-    def note(self, section: str, name: str, holds: bool, why: str, **more: Any) -> None:
-        row = {"section": section, "name": name, "holds": holds, "why": why, **more}
-        self.rows.append(row)
-        verdict = "ok" if holds else "FAILED" if more.get("counts", True) else "no"
-        print(f"{section:7} {verdict:7} {name:26} {more.get('seconds', 0.0):6.1f} s  {why}",
-              flush=True)  # fmt: skip
+    def start(self, run: Run, limit: float) -> tuple[int, str, float]:
+        """As `execute`, of a run."""
+        if not self.rehearse or run.program:
+            return self.execute(run.name, command(run, self.out), limit)
+        log, began = self.out / "logs" / f"{run.name}.log", time.monotonic()
+        env = rehearsal.ENVIRONMENT | {"MASTER_PORT": str(free_port())}
+        status = rehearsal.launch(launch_words(run, self.out), run.ranks, log, limit, env)
+        return status, log.read_text(errors="replace"), time.monotonic() - began
+
+    def skip(self, run: Run) -> str:
+        """Why a run is left out; "" where it is not."""
+        missing = [name for name in run.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{missing[0]} is not installed"
+        return f"not on a CPU: {run.gpu}" if self.rehearse and run.gpu else ""
 
     def run(self, section: str, run: Run, until: float) -> str:
         """Run it when those before it are done; judged when its reference is done too."""
+        why = self.skip(run)
+        if why:
+            self.done[run.name].set()
+            self.note(section, run.name, None, why)
+            return ""
+        if self.rehearse:
+            run = rehearsal.here(run)
         for name in run.after:
-            self.done[name].wait(max(until - time.monotonic(), 0))
-        limit = min(run.limit, until - time.monotonic())
-        status, log, seconds = self.execute(run.name, command(run, self.out), limit)
+            self.done[name].wait(max(self.left(until), 0))
+        if self.left(until) <= 0:
+            self.done[run.name].set()
+            self.note(section, run.name, False, "not run: the time is out", counts=run.counts)
+            return ""
+        limit = run.limit * (4 if self.rehearse else 1)
+        status, log, seconds = self.start(run, min(limit, self.left(until)))
         self.done[run.name].set()
         if run.like in self.done:
-            self.done[run.like].wait(max(until - time.monotonic(), 0))
-        holds, why = check.judge(run, status, log, self.out)
+            self.done[run.like].wait(max(self.left(until), 0))
+        reference = EVERY.get(run.like or "")
+        holds, why = check.judge(run, status, log, self.out, reference)
         self.note(section, run.name, holds, why, seconds=seconds, counts=run.counts)
         return log
 
     def together(self, section: str, runs: list[Run], until: float) -> None:
         """All runs of a section, some at a time, what others wait for first."""
-        awaited = {name for r in runs for name in (*r.after, r.like)}
+        awaited = {name for r in runs for name in r.awaited}
         runs = sorted(runs, key=lambda r: (r.name not in awaited, bool(r.after)))
         self.done.update({r.name: threading.Event() for r in runs})
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
+        at_once = (os.cpu_count() or 2) if self.rehearse else _AT_ONCE
+        with ThreadPoolExecutor(min(at_once, _AT_ONCE)) as threads:
             list(threads.map(lambda r: self.run(section, r, until), runs))
 
+    def _make(self, kind: str) -> int:
+        words = [sys.executable, "-m", "tests.gpu.make_model", str(self.out / kind), kind]
+        words += ["--tiny"] if self.rehearse else []
+        status, log, _ = self.execute(f"make {kind}", words, self.left(self.until))
+        if status:
+            self.note("models", kind, False, (log.strip().splitlines() or [""])[-1][:200])
+        return status
+
+    def begin_models(self, sections: list[str]) -> None:
+        """Make what the runs start from; the large ones are made while the tiny ones train."""
+        kinds = dict.fromkeys(r.model for name in sections for r in SECTIONS[name])
+        for kind in sorted(kinds, key=lambda k: k in SHAPES):
+            if not (self.out / kind).exists():
+                self.made[kind] = self.threads.submit(self._make, kind)
+
     def models(self, runs: list[Run]) -> None:
-        """Make what the runs start from."""
-        kinds = sorted({r.model for r in runs if not (self.out / r.model).exists()})
-
-        def make(kind: str) -> tuple[int, str, float]:
-            words = [sys.executable, "-m", "tests.gpu.make_model", str(self.out / kind), kind]
-            return self.execute(f"make {kind}", words, 120)
-
-        with ThreadPoolExecutor(4) as threads:
-            for kind, (status, log, _) in zip(kinds, threads.map(make, kinds), strict=True):
-                if status:
-                    self.note("models", kind, False, log.strip().splitlines()[-1][:200])
+        """Wait for what these runs start from."""
+        for kind in {r.model for r in runs} & self.made.keys():
+            self.made[kind].result()
 
     def train(self, until: float) -> None:
-        """The training benchmark: one run after another, beside the GPU's own matrix rate."""
-        status, log, _ = self.execute(
-            "matrix rate", [sys.executable, "-m", "tests.gpu.matrix_rate"], 60
-        )
-        rate = float(log.strip().splitlines()[-1]) if status == 0 else 0.0
-        self.note("train", "matrix rate", rate > 0, f"{rate:.0f} TFLOPS, bf16, 8,192³")
-        self.done.update({r.name: threading.Event() for r in SECTIONS["train"]})
-        times = {r.name: check.step_ms(self.run("train", r, until)) for r in SECTIONS["train"]}
-        for row in check.judge_training(times, max(rate, 1e-9)):
+        """The training benchmark: one run after another, beside the GPU's own matrix rate.
+
+        While one trains the next imports and reads its data, and waits for its gate to open.
+        """
+        runs = SECTIONS["train"]
+        rate = self._matrix_rate(until)
+        self.done.update({r.name: threading.Event() for r in runs})
+        times = {}
+        gates = [self.out / "gates" / r.name for r in runs]
+        with ThreadPoolExecutor(2) as threads:
+            logs = [threads.submit(self.run, "train", r, until) for r in runs[:2]]
+            for at, run in enumerate(runs):
+                gates[at].touch()
+                times[run.name] = check.step_ms(logs[at].result())
+                if at + 2 < len(runs):
+                    logs.append(threads.submit(self.run, "train", runs[at + 2], until))
+        for row in check.judge_training(times, rate):
             self.note("train", **row)
         self._profile()
+
+    def _matrix_rate(self, until: float) -> float | None:
+        """TFLOPS; None in a rehearsal."""
+        if self.rehearse:
+            self.note("train", "matrix rate", None, "not on a CPU: it is the GPU's")
+            return None
+        words = [sys.executable, "-m", "tests.gpu.matrix_rate"]
+        status, log, _ = self.execute("matrix rate", words, min(60, self.left(until)))
+        rate = float(log.strip().splitlines()[-1]) if status == 0 else 1e-9
+        self.note("train", "matrix rate", rate > 1, f"{rate:.0f} TFLOPS, bf16, 8,192³")
+        return rate
 
     def _profile(self) -> None:
         path = self.out / "profile.json"
@@ -136,19 +220,33 @@ class Suite:
         for name, ms, calls in found["kernels"][:20]:
             print(f"  {ms:8.2f} ms {int(calls):6d} × {name[:90]}")
 
+    def heads(self, until: float) -> None:
+        """The checks together, then the benchmark, which has the GPU for itself."""
+
+        def line(what: str, words: list[str], gpu: str) -> None:
+            if self.rehearse and gpu:
+                return self.note("heads", what, None, f"not on a CPU: {gpu}")
+            if self.left(until) <= 0:
+                return self.note("heads", what, False, "not run: the time is out")
+            status, log, seconds = self.execute(what, words, self.left(until))
+            last = (log.strip().splitlines() or [""])[-1][:120]
+            return self.note("heads", what, status == 0, last, seconds=seconds)
+
+        *checks, benchmark = heads(self.out, self.rehearse)
+        with ThreadPoolExecutor(1 if self.rehearse else 3) as threads:
+            list(threads.map(lambda found: line(*found), checks))
+        line(*benchmark)
+
     def section(self, name: str) -> None:
         """Run one section within its time limit."""
-        until = time.monotonic() + LIMITS[name]
+        until = time.monotonic() + LIMITS[name] * (_PATIENCE if self.rehearse else 1)
         self.models(SECTIONS[name])
         if name == "train":
-            return self.train(until)
-        if name == "heads":
-            for what, words in heads(self.out):
-                status, log, seconds = self.execute(what, words, until - time.monotonic())
-                last = (log.strip().splitlines() or [""])[-1][:120]
-                self.note("heads", what, status == 0, last, seconds=seconds)
-            return None
-        return self.together(name, SECTIONS[name], until)
+            self.train(until)
+        elif name == "heads":
+            self.heads(until)
+        else:
+            self.together(name, SECTIONS[name], until)
 
 
 def _dry(sections: list[str], out: Path) -> None:
@@ -156,9 +254,14 @@ def _dry(sections: list[str], out: Path) -> None:
         print(f"== {name}: at most {LIMITS[name]} s")
         for run in SECTIONS[name]:
             print(f"{run.name}: {shlex.join(command(run, out))}")
-        for what, words in heads(out) if name == "heads" else []:
+        for what, words, _ in heads(out, False) if name == "heads" else []:
             print(f"{what}: {shlex.join(words)}")
-    print(f"at most {sum(LIMITS[n] for n in sections)} s")
+    print(f"at most {min(WHOLE, sum(LIMITS[n] for n in sections))} s")
+
+
+def _cut_off(*_: Any) -> None:
+    processes.end_all()
+    os._exit(1)
 
 
 def main() -> int:
@@ -166,24 +269,32 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--only", metavar="NAME,…", help="these and what they wait for")
+    parser.add_argument("--spent", type=float, default=0.0, help="[s] of the whole, before this")
     parser.add_argument("sections", nargs="*")
     args = parser.parse_intermixed_args()
-    sections = args.sections or ["start", "parity", "heads", "train"]
+    sections = args.sections or list(DEFAULT)
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         print(f"no such section: {unknown[0]}; there are {', '.join(SECTIONS)}", file=sys.stderr)
         return 2
+    for name in sections:
+        SECTIONS[name] = chosen(SECTIONS[name], args.only)
     if args.dry_run:
         _dry(sections, args.out)
         return 0
-    suite, began = Suite(args.out.resolve()), time.monotonic()
+    if (args.out / "results.json").exists():
+        print(f"{args.out} has the results of another suite; give a new --out", file=sys.stderr)
+        return 2
+    whole = WHOLE * (_PATIENCE if args.rehearse else 1) - args.spent
+    suite = Suite(args.out.resolve(), time.monotonic() + whole, args.rehearse)
+    signal.signal(signal.SIGTERM, _cut_off)
+    suite.begin_models(sections)
     for name in sections:
         suite.section(name)
-    bad = [r["name"] for r in suite.rows if not r["holds"] and r.get("counts", True)]
-    content = {"seconds": time.monotonic() - began, "all_hold": not bad, "rows": suite.rows}
-    (args.out / "results.json").write_text(json.dumps(content, indent=1, default=str))
-    print(f"{len(suite.rows)} lines in {content['seconds']:.0f} s, failed: {bad or 'none'}")
-    return 1 if bad else 0
+    print(suite.table.last_line())
+    return 1 if suite.table.failed() else 0
 
 
 if __name__ == "__main__":

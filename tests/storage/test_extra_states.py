@@ -24,6 +24,17 @@ def test_hostile_ones_are_named(name, tmp_path):
     assert inside or "which no checkpoint of Megatron needs" in found
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.bfloat16])
+def test_the_dtype_does_not_matter(dtype, tmp_path):
+    mark = tmp_path / "ran"
+    content = pickle.dumps(PAYLOADS["eval"](mark)) + bytes(4)
+    whole = as_bytes(content[: len(content) // 4 * 4]).view(dtype)
+    for state in (whole, whole.view(1, -1), torch.stack([whole, whole], 1)[:, 0]):
+        assert "which no checkpoint of Megatron needs" in unsafe_extra_state([state])
+    assert unsafe_extra_state([torch.tensor(7, dtype=dtype)])
+    assert not mark.exists()
+
+
 def test_dotted_names_and_garbage(tmp_path):
     assert "torch.serialization.os.system" in unsafe_extra_state([as_bytes(dotted(tmp_path / "x"))])
     recipes = "transformer_engine.common.recipe"

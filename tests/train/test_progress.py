@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_dft.losses.report import HISTOGRAM_BINS, TOKENS, histogram_key
+from megatron_dft.losses.report import HISTOGRAM_BINS, SOURCE, TOKENS, histogram_key
 from megatron_dft.training import progress
 
 
@@ -39,6 +39,19 @@ def test_plain_lines_have_rate_and_time_left(now, capsys):
     assert "20 trained tokens/s | 0:16 left" in second
     assert "lm loss 1.2500 | dft loss 0.1250 | p 0.500 | weight 0.500" in second
     assert second.endswith("p 0▕         █▏1")
+
+
+def test_the_items_of_the_data_have_their_losses_in_the_line(now, capsys):
+    def said(items):
+        line = progress.Progress("plain", True, 4, 10, 1)
+        line.log(_losses([1.0] * 10) | {f"{SOURCE}{k}": v for k, v in items.items()}, _call(1))
+        return capsys.readouterr().out
+
+    # An item without tokens in this step has no loss; one called so is no objective.
+    text = said({"a/maths.jsonl": 1.5, "a/chat loss": 2.0, "a/none.jsonl": float("nan")})
+    assert "dft loss 0.1250 | maths.jsonl 1.5000 | chat loss 2.0000 | p 0.500" in text
+    assert "a/x.jsonl 1.0000 | b/x.jsonl 2.0000" in said({"a/x.jsonl": 1.0, "b/x.jsonl": 2.0})
+    assert "3.jsonl 3.0000 | and 2 items" in said({f"{i}.jsonl": float(i) for i in range(6)})
 
 
 def test_a_rank_without_figures_says_nothing(now, capsys):
