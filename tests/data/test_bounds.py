@@ -2,10 +2,12 @@
 
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from megatron_dft.data import bounds
+from megatron_dft.data import bounds, workers
 from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.schema import RowError
 from megatron_dft.data.tokenizer import encoder_spec
@@ -38,7 +40,9 @@ def short(request, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
     yield
     assert resource.getrlimit(resource.RLIMIT_DATA) == before[0]
-    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    assert (
+        signal.getitimer(signal.ITIMER_VIRTUAL)[0] == signal.getitimer(signal.ITIMER_PROF)[0] == 0
+    )
     signal.signal(signal.SIGVTALRM, before[1] or signal.SIG_DFL)
 
 
@@ -77,3 +81,36 @@ def test_on_a_row(kind):
         with pytest.raises(RowError, match=expected):
             encode(encoder, {"messages": chat("trigger", "b")})
         assert len(encode(encoder, {"messages": chat("a", "b")})) == 1
+
+
+_TOWER = (
+    "{% set n = namespace(a=(1,), b=(1,)) %}{% for i in range(64) %}"
+    "{% set n.a = (n.a, n.a) %}{% set n.b = (n.b, n.b) %}{% endfor %}"
+)
+_STUCK = {"hash": "{{ {n.a: 1} }}", "equality": "{{ n.a == n.b }}", "search": "{{ n.a in [n.b] }}"}
+_PROGRAM = """
+import sys
+from megatron_dft.data import bounds
+from megatron_dft.data.template import ChatTemplate
+bounds.SECONDS = 0.1
+with bounds.Bounded():
+    ChatTemplate({"default": sys.argv[1]}, {}).render([])
+"""
+
+
+@pytest.mark.parametrize("kind", _STUCK)
+def test_one_operation_that_never_comes_back_ends_the_process(kind):
+    words = [sys.executable, "-c", _PROGRAM, "\n" + _TOWER + _STUCK[kind]]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGPROF
+    assert 'File "<template>", line' in ended.stderr.splitlines()[1]
+
+
+def test_the_line_of_a_tokenising_process_that_ended_so():
+    worker = workers._Worker.__new__(workers._Worker)
+    worker._process = subprocess.Popen(
+        ["sh", "-c", "kill -PROF $$"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with pytest.raises(ValueError, match="chat template.* more than 60 s of CPU time; give anot"):
+        worker.ask(None)
+    worker.close()
