@@ -24,9 +24,7 @@ def chosen(runs: list[Run], only: str | None) -> list[Run]:
 def launch_words(run: Run, work: Path) -> list[str]:
     """Arguments of launch.py."""
     more = ["--figures", f"WORK/figures/{run.name}.jsonl"]
-    if run.name in {
-        r.name for r in SECTIONS["train"]
-    }:  # its steps are timed, one run after another
+    if run.name in {r.name for r in SECTIONS["train"]}:  # timed, one after another
         more = ["--gate", f"WORK/gates/{run.name}"]
     words = [word.replace("WORK", str(work)) for word in (*run.launch, *more)]
     return [*words, "--", *command_line(run, work)]
