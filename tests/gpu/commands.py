@@ -23,9 +23,10 @@ def chosen(runs: list[Run], only: str | None) -> list[Run]:
 
 def launch_words(run: Run, work: Path) -> list[str]:
     """Arguments of launch.py."""
-    figures = [] if run in SECTIONS["train"] else ["--figures", f"WORK/figures/{run.name}.jsonl"]
-    gate = ["--gate", f"WORK/gates/{run.name}"] if run in SECTIONS["train"] else []
-    words = [word.replace("WORK", str(work)) for word in (*run.launch, *figures, *gate)]
+    more = ["--figures", f"WORK/figures/{run.name}.jsonl"]
+    if run.name in {r.name for r in SECTIONS["train"]}:  # timed, one after another
+        more = ["--gate", f"WORK/gates/{run.name}"]
+    words = [word.replace("WORK", str(work)) for word in (*run.launch, *more)]
     return [*words, "--", *command_line(run, work)]
 
 

@@ -87,6 +87,7 @@ RIGHT = [
     Run("te-logits", flags=dict(loss_route="logits"), like="cpu"),
     Run("te-unpacked", flags=UNPACKED, like="cpu-unpacked"),
     Run("te-unpacked-chunk", flags=dict(UNPACKED, **CHUNK), like="cpu-unpacked"),
+    Run("te-unpacked-logits", flags=dict(UNPACKED, loss_route="logits"), like="cpu-unpacked"),
     Run("local-unpacked", flags=UNPACKED, launch=NO_TE, like="cpu-unpacked"),
     Run("te-megatron-ce", flags=dict(loss_route="logits", cross_entropy="megatron"), like="cpu"),
     Run("bf16-overlaps", flags=dict(OVERLAPS, **_out("bf16-overlaps")), like="cpu", bound="bf16"),

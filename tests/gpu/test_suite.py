@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import check, lines, plan, processes, rehearsal, suite
+from tests.gpu import check, commands, lines, plan, processes, rehearsal, suite
 
 ROOT = Path(__file__).parents[2]
 EVERY = list(lines.EVERY.values())
@@ -218,6 +218,7 @@ def test_a_rehearsal_is_on_the_cpu_and_small():
         assert here.flags.get("seq_length", 128) == 128
     (dft,) = (run for run in EVERY if run.name == "dft")
     assert "--fusion" in rehearsal.here(dft).launch
+    assert "--gate" in commands.launch_words(rehearsal.here(dft), Path("/work"))
     (cpu,) = (run for run in EVERY if run.name == "cpu")
     assert rehearsal.here(cpu) == cpu
 
