@@ -5,6 +5,8 @@ Forty rules "a → aa" after each other make 10**12 of one character, where no s
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 _TIMES, _ADDED = 64, 4096  # characters: times a text's own, and beside them
@@ -21,6 +23,20 @@ def check_growth(layout: dict[str, Any]) -> None:
                 f"{added:.3g} characters longer, more than {_TIMES} times or {_ADDED}; give the "
                 "model its own tokenizer.json"
             )
+
+
+def check_file(path: Path) -> None:
+    """check_growth of a tokenizer.json before anything is made of it: its library applies the rules
+    to added tokens when it loads. A file that is none is left to the library's words."""
+    try:
+        content = path.read_bytes()
+        if b'"Replace"' not in content and b'"Prepend"' not in content:
+            return  # large, and nothing in it grows
+        layout = json.loads(content)
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(layout, dict):
+        check_growth(layout)
 
 
 def _growth(rule: Any) -> tuple[float, float]:

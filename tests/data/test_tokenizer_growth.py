@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_dft.data.encode import ChatEncoder
-from megatron_dft.data.tokenizer import encoder_spec
+from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
 from tests.data.fixtures import chat, chatml_tokenizer
 from tests.data.masks import encode
 
@@ -39,6 +39,16 @@ GROWING = {
 def test_rules_that_make_texts_grow_are_refused(kind):
     with pytest.raises(ValueError, match="^the tokenizer's normalizer makes texts up to .* longer"):
         encoder(normalizer=GROWING[kind])
+
+
+def test_they_are_refused_before_the_library_meets_them(tmp_path):
+    chatml_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"normalizer": GROWING["at nothing"]})
+    )
+    with pytest.raises(ValueError, match="^the tokenizer's normalizer makes texts"):
+        load_tokenizer(tmp_path)
 
 
 def test_so_are_those_of_a_decoder():
