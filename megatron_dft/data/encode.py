@@ -16,6 +16,7 @@ import numpy as np
 from megatron_dft.data.chat_mask import Rendered, TurnRenderer
 from megatron_dft.data.conversation import Conversation
 from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, EncoderSpec
+from megatron_dft.data.tokenizer_growth import check_growth
 
 _END = int(END)
 
@@ -41,6 +42,7 @@ class ChatEncoder:
         from tokenizers import Tokenizer
 
         layout = json.loads(spec.tokenizer_json)
+        check_growth(layout)
         self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
         largest = max(self._tokenizer.get_vocab().values(), default=0)
         if largest > int(ID_MASK):
@@ -63,9 +65,17 @@ class ChatEncoder:
         Tokens behind the last supervised one are cut: a causal model's loss cannot see them. A
         text whose spans hold no token at all gives an empty array.
         """
-        encodings = self._tokenizer.encode_batch(
-            [r.text for r in rendered], add_special_tokens=False
-        )
+        try:
+            encodings = self._tokenizer.encode_batch(
+                [r.text for r in rendered], add_special_tokens=False
+            )
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the tokenizer fails on the data: {reason}; give the model its own tokenizer.json"
+            ) from None
         return [self._flag(e, r) for e, r in zip(encodings, rendered, strict=True)]
 
     def _flag(self, encoding: Any, rendered: Rendered) -> Encoded:
