@@ -9,8 +9,8 @@ that is nothing but rounding. So:
   them and stays outside. Five times as much later, for other kernels of optimizer and norms.
 - experts: as fp32 at first. Later a token may go to another expert, where two were within a
   rounding: its own loss moves by about 1 of some 150 that a step supervises, and its gradient too.
-- bf16: 2⁻⁹ in each weight and activation is 16,384 of fp32's roundings: 3e-3 in the loss and 1e-2 in
-  the norm, of random signs. An export in bf16 rounds a weight of 0.15 by 3e-4, a sixteenth of an
+- bf16: 2⁻⁹ in each weight and activation is 16,384 of fp32's roundings: 3e-3 in the loss and 1e-2
+  in the norm, of random signs. An export in bf16 rounds a weight of 0.15 by 3e-4, a sixteenth of an
   update of 5 · 1e-3; where a gradient's sign is a rounding's, Adam turns a whole step.
 - fp8: 2⁻⁴ in e4m3, 32 times bf16's, in the products of the layers alone (two thirds of them all).
 

@@ -87,6 +87,7 @@ RIGHT = [
     Run("te-logits", flags=dict(loss_route="logits"), like="cpu"),
     Run("te-unpacked", flags=UNPACKED, like="cpu-unpacked"),
     Run("te-unpacked-chunk", flags=dict(UNPACKED, **CHUNK), like="cpu-unpacked"),
+    Run("te-unpacked-logits", flags=dict(UNPACKED, loss_route="logits"), like="cpu-unpacked"),
     Run("local-unpacked", flags=UNPACKED, launch=NO_TE, like="cpu-unpacked"),
     Run("te-megatron-ce", flags=dict(loss_route="logits", cross_entropy="megatron"), like="cpu"),
     Run("bf16-overlaps", flags=dict(OVERLAPS, **_out("bf16-overlaps")), like="cpu", bound="bf16"),
@@ -158,6 +159,8 @@ TRAIN = [
     Run("dft-drift-anchor", model="1.5b", counts=False,
         flags=dict(BIG, log_drift_interval=5, l2sp_coeff=1e-3)),
     Run("asft-reference", model="1.5b", flags=dict(BIG, loss="asft"), counts=False),
+    Run("dft-megatron-ce", model="1.5b", counts=False,
+        flags=dict(BIG, loss_route="logits", cross_entropy="megatron")),
 ]  # fmt: skip
 
 TP2 = dict(distributed_backend="gloo", tensor_model_parallel_size=2)
@@ -172,8 +175,7 @@ TRY = [
         flags=dict(UNPACKED, cuda_graph_impl="transformer_engine"), gpu=CAPTURE),
     Run("megatron-fsdp", like="cpu", counts=False, launch=("--allow", "use_megatron_fsdp"),
         flags=dict(BF16, use_megatron_fsdp=True), gpu="its device mesh is CUDA's", bound="bf16"),
-    Run("dft-megatron-ce", model="1.5b", counts=False,
-        flags=dict(BIG, loss_route="logits", cross_entropy="megatron")),
 ]  # fmt: skip
 
 SECTIONS = {"start": START, "parity": PARITY, "heads": [], "train": TRAIN, "try": TRY}
+EVERY = {run.name: run for runs in SECTIONS.values() for run in runs}

@@ -14,6 +14,14 @@ import torch
 
 from tests.gpu.plan import SHAPES
 
+# What a GPU's kernels take: fp8 asks for multiples of 16, cuDNN's attention for heads of 8 · n.
+# Weights half as large at four times the width: a layer does to a rounding what it did.
+WIDE = dict(hidden_size=128, intermediate_size=256, initializer_range=0.075)
+HEADS = {
+    "qwen3-moe": dict(head_dim=32, moe_intermediate_size=64),
+    "gemma3": dict(head_dim=32),
+}
+
 
 def make(directory: Path, kind: str, tiny: bool = False) -> None:
     """Write DIR/model, and chats.jsonl, pairs.jsonl, rewards.jsonl beside it."""
@@ -49,7 +57,7 @@ def _make_tiny(directory: Path, kind: str) -> None:
     from tests.hf.tiny import make_tiny
     from tests.train.preferences import write_pairs
 
-    make_tiny(kind, directory / "model")
+    make_tiny(kind, directory / "model", **WIDE, **HEADS.get(kind, {}))
     rows = write_chats(directory / "chats.jsonl").read_text().splitlines()
     write_pairs(directory / "pairs.jsonl")
     rewarded = [{**json.loads(r), "reward": (1.0, -1.5, 0.5)[n % 3]} for n, r in enumerate(rows)]

@@ -35,6 +35,8 @@ def here(run: Run) -> Run:
     flags["device"] = "cpu"
     if run.model in SHAPES:
         flags.update(_SMALL)
+    if run.flags.get("device") != "cpu":
+        flags.setdefault("loss_route", "auto")  # as a GPU has it
     # Gradient accumulation fusion, which a GPU has by default, and which the heads' dW goes by.
     fused = not flags.get("no_gradient_accumulation_fusion") and run.flags.get("device") != "cpu"
     launch = run.launch + (("--fusion",) if fused and not run.program else ())

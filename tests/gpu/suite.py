@@ -19,64 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import check, processes, rehearsal
-from tests.gpu.lines import SECTIONS
-from tests.gpu.plan import DEFAULT, LIMITS, SHAPES, WHOLE, Run, command_line
+from tests.gpu.commands import chosen, command, heads, launch_words
+from tests.gpu.lines import EVERY, SECTIONS
+from tests.gpu.plan import DEFAULT, LIMITS, SHAPES, WHOLE, Run
 from tests.gpu.table import Table
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
-EVERY = {run.name: run for runs in SECTIONS.values() for run in runs}
 _AT_ONCE = 14  # of the tiny runs, on 16 cores
 _PATIENCE = 20  # times the limits, in a rehearsal
-
-
-def chosen(runs: list[Run], only: str | None) -> list[Run]:
-    """The runs of these names and what they wait for; all of them without names."""
-    if only is None:
-        return runs
-    wanted: set[str] = set()
-    waiting = [name for name in only.split(",") if name in EVERY]
-    while waiting:
-        name = waiting.pop()
-        wanted.add(name)
-        waiting += EVERY[name].awaited
-    return [run for run in runs if run.name in wanted]
-
-
-def launch_words(run: Run, work: Path) -> list[str]:
-    """Arguments of launch.py."""
-    figures = [] if run in SECTIONS["train"] else ["--figures", f"WORK/figures/{run.name}.jsonl"]
-    gate = ["--gate", f"WORK/gates/{run.name}"] if run in SECTIONS["train"] else []
-    words = [word.replace("WORK", str(work)) for word in (*run.launch, *figures, *gate)]
-    return [*words, "--", *command_line(run, work)]
-
-
-def command(run: Run, work: Path) -> list[str]:
-    """The run's whole command."""
-    start = [sys.executable, "-m"]
-    if run.program:
-        program = [word.replace("WORK", str(work)) for word in run.program]
-        return [*start, *program, "--", *command_line(run, work)]
-    if run.ranks > 1:
-        start += ["torch.distributed.run", f"--nproc-per-node={run.ranks}",
-                  f"--master-port={free_port()}", "-m"]  # fmt: skip
-    return [*start, "tests.gpu.launch", *launch_words(run, work)]
-
-
-def heads(out: Path, rehearse: bool) -> list[tuple[str, list[str], str]]:
-    """(name, command, why it means nothing without a GPU) of the loss heads' checks."""
-    python = sys.executable
-    device = ["--device", "cpu"] if rehearse else []
-    small = ["--shapes", "512x64", "--tokens", "64", "--repeats", "1"] if rehearse else []
-    shares = ["--supervised", "1.0", "0.5", *(small or ["--repeats", "5"])]
-    benchmark = [python, "tools/benchmark_loss.py", *shares]
-    kernels = "the kernels are Triton's; tests/losses/test_kernels.py has them interpreted"
-    return [
-        ("self-test", [python, "-m", "tests.gpu.objectives", *device], ""),
-        ("every objective", [python, "-m", "tests.gpu.values", *device], ""),
-        ("kernels", [python, "-m", "tests.gpu.heads"], kernels),
-        ("loss benchmark", [*benchmark, "--out", str(out / "loss")], ""),
-    ]
 
 
 class Suite:
@@ -87,6 +38,7 @@ class Suite:
 
     def __init__(self, out: Path, until: float, rehearse: bool = False) -> None:
         self.out, self.until, self.rehearse = out, until, rehearse
+        self.due = time.monotonic()  # the end of the sections so far, were each to take its limit
         self.done: dict[str, threading.Event] = {}
         self.made: dict[str, Future[int]] = {}
         self.threads = ThreadPoolExecutor(4)
@@ -125,6 +77,15 @@ class Suite:
         return f"not on a CPU: {run.gpu}" if self.rehearse and run.gpu else ""
 
     def run(self, section: str, run: Run, until: float) -> str:
+        """Its output; whatever goes wrong with it is a line of the table."""
+        try:
+            return self._run(section, run, until)
+        except Exception as error:
+            self.done[run.name].set()
+            self.note(section, run.name, False, f"{error!r}"[:200], counts=run.counts)
+            return ""
+
+    def _run(self, section: str, run: Run, until: float) -> str:
         """Run it when those before it are done; judged when its reference is done too."""
         why = self.skip(run)
         if why:
@@ -152,6 +113,9 @@ class Suite:
     def together(self, section: str, runs: list[Run], until: float) -> None:
         """All runs of a section, some at a time, what others wait for first."""
         awaited = {name for r in runs for name in r.awaited}
+        # What another section would have run, where it is left out.
+        missing = awaited - self.done.keys() - {r.name for r in runs}
+        runs = [*runs, *(EVERY[name] for name in sorted(missing))]
         runs = sorted(runs, key=lambda r: (r.name not in awaited, bool(r.after)))
         self.done.update({r.name: threading.Event() for r in runs})
         at_once = (os.cpu_count() or 2) if self.rehearse else _AT_ONCE
@@ -168,7 +132,8 @@ class Suite:
 
     def begin_models(self, sections: list[str]) -> None:
         """Make what the runs start from; the large ones are made while the tiny ones train."""
-        kinds = dict.fromkeys(r.model for name in sections for r in SECTIONS[name])
+        runs = [r for name in sections for r in SECTIONS[name]]
+        kinds = dict.fromkeys(r.model for r in runs)
         for kind in sorted(kinds, key=lambda k: k in SHAPES):
             if not (self.out / kind).exists():
                 self.made[kind] = self.threads.submit(self._make, kind)
@@ -238,8 +203,9 @@ class Suite:
         line(*benchmark)
 
     def section(self, name: str) -> None:
-        """Run one section within its time limit."""
-        until = time.monotonic() + LIMITS[name] * (_PATIENCE if self.rehearse else 1)
+        """Run one section within its time limit, and what the sections before it have left."""
+        self.due += LIMITS[name] * (_PATIENCE if self.rehearse else 1)
+        until = self.due
         self.models(SECTIONS[name])
         if name == "train":
             self.train(until)
@@ -289,7 +255,8 @@ def main() -> int:
         return 2
     whole = WHOLE * (_PATIENCE if args.rehearse else 1) - args.spent
     suite = Suite(args.out.resolve(), time.monotonic() + whole, args.rehearse)
-    signal.signal(signal.SIGTERM, _cut_off)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _cut_off)
     suite.begin_models(sections)
     for name in sections:
         suite.section(name)
