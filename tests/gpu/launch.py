@@ -138,14 +138,18 @@ def _plain_loss() -> None:
 
 def _profile(path: Path, step: int = 10) -> None:
     """Sum each kernel's time in one step, and the time in which none ran."""
-    from torch.profiler import ProfilerActivity, profile, supported_activities
+    from torch.profiler import ProfilerActivity, profile
 
-    from megatron_dft.compat.loop import after_training_step
+    from megatron_dft.cpu import runtime
+    from megatron_dft.training.output import Output
 
-    on_gpu = ProfilerActivity.CUDA in supported_activities()
+    on_gpu = not runtime.is_active()
     profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
-    def after(chunks: Any, iteration: int) -> None:
+    plain = Output._after_step  # the loop's callback after a step is one, and taken
+
+    def after(self: Any, chunks: Any, iteration: int) -> None:
+        plain(self, chunks, iteration)
         if iteration == step - 1:
             profiler.start()
         elif iteration == step:
@@ -155,7 +159,7 @@ def _profile(path: Path, step: int = 10) -> None:
             profiler.stop()
             path.write_text(json.dumps(_kernels(profiler.events(), on_gpu), indent=1))
 
-    after_training_step(after)
+    Output._after_step = after  # type: ignore[method-assign]
 
 
 def _kernels(events: Any, on_gpu: bool) -> dict[str, Any]:

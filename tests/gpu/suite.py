@@ -178,12 +178,14 @@ class Suite:
     def _profile(self) -> None:
         path = self.out / "profile.json"
         if not path.is_file():
-            return
+            return self.note("train", "profile", False, "was not written")
         found = json.loads(path.read_text())
-        print(f"one step of dft: {found['span_ms']:.0f} ms, kernels {found['busy_ms']:.0f}, gaps "
-              f"{found['gap_ms']:.0f}")  # fmt: skip
+        self.note("train", "profile", bool(found["kernels"]),
+                  f"a step of dft: {found['span_ms']:.0f} ms, kernels {found['busy_ms']:.0f}, gaps "
+                  f"{found['gap_ms']:.0f}")  # fmt: skip
         for name, ms, calls in found["kernels"][:20]:
             print(f"  {ms:8.2f} ms {int(calls):6d} × {name[:90]}")
+        return None
 
     def heads(self, until: float) -> None:
         """The checks together, then the benchmark, which has the GPU for itself."""
