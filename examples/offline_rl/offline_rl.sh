@@ -26,7 +26,7 @@ setup_env quickstart
 started=$SECONDS
 work=${WORK:-runs/offline_rl} quick=examples/quickstart
 demonstrations=24 problems=200 choosing=50 held_out=100 warm_steps=8 steps=30
-rates=(5e-5 1e-4 2e-4)
+rates=(2e-5 5e-5 1e-4)
 mkdir -p "$work"
 
 # glibc gives every large buffer back to the kernel and takes page faults for the next one.
