@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_dft import __version__
+from megatron_dft.storage import terminal
 
 USER_ERROR = 2
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except ValueError as error:
-        print(f"megatron-dft {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = terminal.visible(" ".join(str(error).split()))
+        print(f"megatron-dft {name}: {line}", file=sys.stderr)
         return USER_ERROR
 
 

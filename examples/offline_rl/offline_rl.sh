@@ -9,7 +9,7 @@
 # 3. verify  the answers behind #### are compared with the right ones; right ones are kept
 # 4. train   offline DFT and SFT on the same kept samples, the same steps, each at three learning rates
 # 5. choose  each method's best rate, by its answers to 50 more problems in the training's words
-# 6. score   exact match on 200 held-out problems in other words: sampled (Avg@2) and greedy
+# 6. score   exact match on 100 held-out problems in other words: sampled (Avg@2) and greedy
 #
 # Everything lands in runs/offline_rl. It may be interrupted and run again: finished steps are kept.
 set -euo pipefail
@@ -25,7 +25,7 @@ cd "$root"
 setup_env quickstart
 started=$SECONDS
 work=${WORK:-runs/offline_rl} quick=examples/quickstart
-demonstrations=24 problems=200 choosing=50 held_out=200 warm_steps=8 steps=30
+demonstrations=24 problems=200 choosing=50 held_out=100 warm_steps=8 steps=30
 rates=(5e-5 1e-4 2e-4)
 mkdir -p "$work"
 
@@ -75,7 +75,8 @@ export HF_HUB_OFFLINE=1
     --held-out "$held_out" >"$work/data.log"
 head -n "$demonstrations" "$work/train.jsonl" >"$work/demonstrations.jsonl"
 tail -n "$choosing" "$work/train.jsonl" >"$work/choosing.jsonl"
-tail -n +$((demonstrations + 1)) "$work/train.jsonl" | head -n "$problems" >"$work/problems.jsonl"
+sed -n "$((demonstrations + 1)),$((demonstrations + problems))p" "$work/train.jsonl" \
+    >"$work/problems.jsonl"
 
 train start "$work/model" "$work/demonstrations.jsonl" sft 5e-5 "$warm_steps" 2
 
@@ -89,12 +90,13 @@ if [ ! -e "$work/samples/drawn" ]; then
     done
     kill -9 "$victim" || true
     wait "$victim" || true
-    say "killed at $(samples_of "$work/samples" | wc -l) samples; again:"
+    say "killed at $(samples_of "$work/samples" | wc -l) samples; on again, and beside it without a kill:"
+    dft "${sample[@]}" --out "$work/samples_unbroken" --part 0/2 &
+    unbroken=$!
     draw "$work/samples"
+    wait "$unbroken"
     touch "$work/samples/drawn"
 fi
-say "the killed half once more, without a kill"
-dft "${sample[@]}" --out "$work/samples_unbroken" --part 0/2
 cmp <(sort "$work/samples/samples.0-of-2.jsonl") <(samples_of "$work/samples_unbroken") ||
     die "the killed run has other samples than the unbroken one"
 say "killed and unbroken: the same $(samples_of "$work/samples_unbroken" | wc -l) samples"
@@ -118,7 +120,7 @@ score() {
         shift
     done
     local evaluate=(
-        evaluate --models "${models[@]}" --sets "$set" --max-tokens 40 --batch-size 60 --device cpu
+        evaluate --models "${models[@]}" --sets "$set" --max-tokens 40 --batch-size 50 --device cpu
         --dtype "$dtype" "${verifier[@]}" --out "$out" "${@:2}"
     )
     dft "${evaluate[@]}" --part 0/2 &

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_dft.drift import run_conclusions, run_report
 from megatron_dft.drift.page import Cell, number
 from megatron_dft.drift.run_log import read_runs
+from megatron_dft.storage.terminal import visible
 
 SUMMARY = "a table and curves of your own runs, of a sweep say, finished or not"
 
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     page = run_report.write(args.out, runs)
     columns, rows = run_report.table(runs)
     for line in _aligned([columns, *rows]):
-        print(line)
+        print(visible(line))
     print(": ".join(run_conclusions.verdict(runs)))
     for warning in run_conclusions.warnings(runs):
-        print(warning)
+        print(visible(warning))
     print(f"report: {page}")
     return 0

@@ -15,7 +15,7 @@ from megatron_dft.data.dataset import ChatDataset, build_dataset
 from megatron_dft.data.options import DatasetOptions
 from megatron_dft.data.prepare import PrepareOptions, bad_rows, check_bad_rows, notes, tokenised
 from megatron_dft.data.reading import Reading
-from megatron_dft.data.show import Shown, as_html, print_shown, runs, visible
+from megatron_dft.data.show import Shown, as_html, print_shown, runs
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.statistics import gather, summary, write_histogram
@@ -24,6 +24,7 @@ from megatron_dft.data.template_report import template_report
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
 from megatron_dft.data.vocabulary import vocab_size_of
 from megatron_dft.flags import data as flags
+from megatron_dft.storage.terminal import visible
 
 SUMMARY = "statistics of chat data, and conversations with the trained tokens coloured"
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if data is not None and (args.show or args.html):
         _show(args, data, tokenizer, console)
     for refusal in refusals:
-        print(f"training would refuse this data: {refusal}", file=sys.stderr)
+        print(f"training would refuse this data: {visible(str(refusal))}", file=sys.stderr)
     return REFUSED if refusals else 0
 
 

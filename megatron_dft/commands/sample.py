@@ -9,6 +9,7 @@ from megatron_dft.commands import rollout_flags as flags
 from megatron_dft.rollout.prompts import Skips, read_prompts
 from megatron_dft.rollout.sampler import Outcome, draw_samples
 from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.terminal import visible
 
 SUMMARY = "n samples of a model to each prompt; a killed run goes on where it stopped"
 INCOMPLETE = 1
@@ -71,7 +72,7 @@ def tell_left_out(outcome: Outcome, skips: Skips) -> None:
         ("no answer", outcome.faults),
     ):
         if found.counts:
-            print(f"{what}: {found}", file=sys.stderr)
+            print(visible(f"{what}: {found}"), file=sys.stderr)
     if outcome.missing:
         print(
             f"{outcome.missing:,} samples are missing; the same command draws them",

@@ -11,6 +11,7 @@ from megatron_dft.rollout.rewards import reward_samples, unusual
 from megatron_dft.rollout.store import json_lines, read_settings
 from megatron_dft.rollout.verifiers import verifying
 from megatron_dft.storage.files import write_whole
+from megatron_dft.storage.terminal import visible
 
 SUMMARY = "reward samples, keep what verifies, write the trainer's JSONL"
 
@@ -90,4 +91,4 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(what: str, found: Skips) -> None:
     if found.counts:
-        print(f"{what}: {found}")
+        print(visible(f"{what}: {found}"))

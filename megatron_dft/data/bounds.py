@@ -6,6 +6,7 @@ Jinja's sandbox bounds neither: nested loops run for hours, and `'a' * n` takes 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import resource
 import signal
 import threading
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 SECONDS = 20.0  # of this process's own CPU time: another program's load does not count
+# Times SECONDS after which the process ends: one operation of Python's own that never comes back,
+# such as the hash of a tuple of twice a tuple of twice …, lets no handler run.
+HARD = 3
 MEMORY = 2 << 30  # bytes beyond what the process has
 # The clock is not set anew for each block of a batch: it rings so often within SECONDS, and a block
 # is given up when it has heard one ring more.
@@ -28,11 +32,12 @@ class Bounded:
     the most, and MEMORY bytes.
 
     Raises TimeUp and MemoryError inside of the block. The time is bounded on a process's main
-    thread alone: a signal reaches no other.
+    thread alone: a signal reaches no other. Where Python cannot raise, the process ends by SIGPROF
+    after HARD times as long, and standard error shows that it was a template.
     """
 
     def __init__(self) -> None:
-        self._in_batch = self._in_block = self._times = False
+        self._in_batch = self._in_block = self._times = self._is_set = False
         self._rings = 0
 
     @contextlib.contextmanager
@@ -68,17 +73,24 @@ class Bounded:
             (most if soft == resource.RLIM_INFINITY else min(most, soft), hard),
         )
         self._times = threading.current_thread() is threading.main_thread()
+        self._is_set = True
         if self._times:
             interval = SECONDS / _RINGS
             signal.signal(signal.SIGVTALRM, self._ring)
+            faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
             signal.setitimer(signal.ITIMER_VIRTUAL, interval, interval)
+            signal.setitimer(signal.ITIMER_PROF, HARD * SECONDS)
 
     def _lift(self) -> None:
+        self._is_set = False  # first: a ring may be under way
         if self._times:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_DATA, self._before)
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
+        if self._is_set:  # whoever hears it is not stuck
+            signal.setitimer(signal.ITIMER_PROF, HARD * SECONDS)
         self._rings += 1
         if self._in_block and self._rings > _RINGS:
             raise TimeUp(f"it takes more than {SECONDS:g} s of CPU time")

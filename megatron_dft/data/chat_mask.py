@@ -167,7 +167,7 @@ class TurnRenderer:
         for turn in conversation.trained:
             own = text if turn == last else self.template.render(messages[: turn + 1], tools)
             start, end = self._turn(own, messages, tools, turn)
-            if text[: end[1]] != own[: end[1]]:
+            if own is not text and not text.startswith(own[: end[1]]):
                 return self._render_per_turn(conversation)
             spans.append((start, end[1]))
             kinds += self._kinds(conversation, turn, own, spans[-1], end, start)

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_dft.data.chat_mask import Rendered, TurnRenderer
 from megatron_dft.data.conversation import Conversation
 from megatron_dft.data.spec import END, ID_MASK, SUPERVISED, EncoderSpec
+from megatron_dft.data.tokenizer_growth import check_growth
 
 _END = int(END)
 
@@ -41,6 +42,7 @@ class ChatEncoder:
         from tokenizers import Tokenizer
 
         layout = json.loads(spec.tokenizer_json)
+        check_growth(layout)
         self._tokenizer = Tokenizer.from_str(spec.tokenizer_json)
         largest = max(self._tokenizer.get_vocab().values(), default=0)
         if largest > int(ID_MASK):
@@ -63,21 +65,25 @@ class ChatEncoder:
         Tokens behind the last supervised one are cut: a causal model's loss cannot see them. A
         text whose spans hold no token at all gives an empty array.
         """
-        encodings = self._tokenizer.encode_batch(
-            [r.text for r in rendered], add_special_tokens=False
-        )
+        try:
+            encodings = self._tokenizer.encode_batch(
+                [r.text for r in rendered], add_special_tokens=False
+            )
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the tokenizer fails on the data: {reason}; give the model its own tokenizer.json"
+            ) from None
         return [self._flag(e, r) for e, r in zip(encodings, rendered, strict=True)]
 
     def _flag(self, encoding: Any, rendered: Rendered) -> Encoded:
-        starts = [_token_from(encoding, a, b) for a, b in rendered.spans]
+        starts = [_start_of(encoding, a, b) for a, b in rendered.spans]
         if self._byte_level:
-            straddled = [
-                a
-                for (a, _), first in zip(rendered.spans, starts, strict=True)
-                if first is not None and encoding.token_to_chars(first)[0] < a
-            ]
             # A token holds characters from both sides of a span's start: an ordinary one that
             # merged, or a special one that strips the spaces beside it.
+            straddled = [a for (a, _), s in zip(rendered.spans, starts, strict=True) if s[1] < a]
             if straddled:
                 return self._flag_in_pieces(rendered, straddled)
         piece, count = _flag_piece(encoding, rendered, 0, len(rendered.text), starts)
@@ -95,7 +101,7 @@ class ChatEncoder:
         for begin, stop in zip(borders, borders[1:], strict=False):
             encoding = self._tokenizer.encode(rendered.text[begin:stop], add_special_tokens=False)
             starts = [
-                _token_from(encoding, max(a, begin) - begin, min(b, stop) - begin)
+                _start_of(encoding, max(a, begin) - begin, min(b, stop) - begin)
                 for a, b in rendered.spans
             ]
             piece, last = _flag_piece(encoding, rendered, begin, stop, starts)
@@ -109,24 +115,21 @@ class ChatEncoder:
 
 
 def _flag_piece(
-    encoding: Any, rendered: Rendered, begin: int, stop: int, starts: Sequence[int | None]
+    encoding: Any, rendered: Rendered, begin: int, stop: int, starts: Sequence[tuple[int, int]]
 ) -> tuple[Encoded, int]:
     """The tokens of text[begin:stop], flagged where they train, and how many of them are needed:
-    those up to the last supervised one. starts: the first token of each span in it.
-
-    char_to_token walks over all tokens before its own, token_to_chars does not: the one is asked
-    twice a span, whatever is marked inside of it.
+    those up to the last supervised one. starts: `_start_of` each span in it.
     """
     ids = _as_array(encoding.ids)
     weights = None if rendered.weights is None else np.zeros(len(ids), dtype=np.float32)
     length = stop - begin
     last = 0
     behind: dict[int, int] = {}  # where a span ends in the text → the token behind it
-    for number, ((a, b), first) in enumerate(zip(rendered.spans, starts, strict=True)):
-        if first is None:
+    for number, ((a, b), (first, char)) in enumerate(zip(rendered.spans, starts, strict=True)):
+        if first < 0:
             continue
-        start, end = max(a, begin) - begin, min(b, stop) - begin
-        if encoding.token_to_chars(first)[0] < start:
+        end = min(b, stop) - begin
+        if char < a - begin:
             first += 1  # half of it belongs to the header, which must not train
         last = _token_behind(encoding, end, length, len(ids))
         if first < last:
@@ -143,6 +146,15 @@ def _flag_piece(
         elif a < stop and b > begin:
             _mark(encoding, ids, max(start, 0), min(end, length), length, kind)
     return Encoded(ids, weights), last
+
+
+def _start_of(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """The first token that covers a character of [start, end), and its own first character.
+
+    (-1, start) where there is none.
+    """
+    first = _token_from(encoding, start, end)
+    return (-1, start) if first is None else (first, encoding.token_to_chars(first)[0])
 
 
 def _covers(encoding: Any, token: int, char: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.storage.terminal import visible
 
 # A shown conversation: its file:line and its runs of text, each with whether it trains.
 Shown = tuple[str, list[tuple[str, bool]]]
@@ -67,18 +67,3 @@ def as_html(shown: Sequence[Shown], title: str) -> str:
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-
-
-def visible(text: str) -> str:
-    """Control characters as escapes: data must not steer the terminal that shows it."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else _escape(c)
-        for c in text
-    )
-
-
-def _escape(char: str) -> str:
-    # Joins the parts of an emoji and orders mixed scripts; it moves nothing on the screen.
-    if char in "\u200c\u200d":
-        return char
-    return char.encode("unicode_escape").decode("ascii")

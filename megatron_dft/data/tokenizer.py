@@ -11,6 +11,7 @@ from typing import Any
 from megatron_dft.data.sentencepiece_model import load_sentencepiece
 from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tokenizer_backend import check_backend
+from megatron_dft.data.tokenizer_growth import check_file
 
 
 def load_tokenizer(
@@ -36,6 +37,7 @@ def load_tokenizer(
     if path.suffix == ".model":
         tokenizer = load_sentencepiece(path)
     else:
+        check_file(path / "tokenizer.json")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path_or_name), revision=revision, trust_remote_code=trust_remote_code

@@ -12,6 +12,7 @@ import contextlib
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from megatron_dft.data.batches import RowBatch
+from megatron_dft.data.bounds import HARD, SECONDS
 from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.reading import Reading
 from megatron_dft.data.spec import EncoderSpec
@@ -118,8 +120,13 @@ class _Worker:
         except BrokenPipeError:
             raise self._death() from None
 
-    def _death(self) -> RuntimeError:
+    def _death(self) -> Exception:
         status = self._process.wait()
+        if status == -signal.SIGPROF:
+            return ValueError(
+                "the chat template is given up: one operation of it takes more than "
+                f"{HARD * SECONDS:g} s of CPU time; give another with --chat-template FILE"
+            )
         why = f"signal {-status}" if status < 0 else f"exit status {status}"
         return RuntimeError(
             f"a tokenising process ended with {why}; its own messages are above; with signal 9 the "

@@ -133,7 +133,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and 0 < value < 1e30
+    return _is_number(value) and 1e-30 < value < 1e30  # float32 keeps it a number above 0
 
 
 def _is_list(value: Any, kind: type, length: int | None = None) -> bool:

@@ -36,6 +36,8 @@ class Outcome:
     faults: Skips = field(default_factory=Skips)
 
     def line(self) -> str:
+        if self.kept and not self.samples:
+            return f"none drawn, {self.kept:,} were there before"
         speed = self.tokens / self.seconds if self.seconds > 0 else 0.0
         text = f"{self.samples:,} samples, {self.tokens:,} tokens, {speed:,.0f} tokens/s"
         return text + (f"; {self.kept:,} were there before" if self.kept else "")

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 from socket import gethostname
 from typing import IO, TextIO
@@ -82,7 +83,25 @@ def _with_host(line: str) -> str:
     return f"{gethostname()}: {line}" if hosts else line
 
 
+def visible(text: str) -> str:
+    """Control characters as escapes: what stands in files must not steer the terminal."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else _escape(c)
+        for c in text
+    )
+
+
+def _escape(char: str) -> str:
+    # Joins the parts of an emoji and orders mixed scripts; it moves nothing on the screen.
+    if char in "\u200c\u200d":
+        return char
+    return char.encode("unicode_escape").decode("ascii")
+
+
 def _write(stream: TextIO, line: str) -> None:
+    line = visible(line)
     # One write a line: those of several ranks come to the same place.
     stream.write(f"{line}\n")
     stream.flush()

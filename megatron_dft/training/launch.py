@@ -158,7 +158,7 @@ def _default_environment() -> None:
 def one_line(error: Exception) -> str:
     """The message; for an assertion without one, the condition that Megatron asserts."""
     if str(error):
-        return " ".join(str(error).split())
+        return terminal.visible(" ".join(str(error).split()))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron requires: {frame.line} ({frame.filename}:{frame.lineno})"
 

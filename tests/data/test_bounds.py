@@ -2,11 +2,13 @@
 
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from megatron_dft.data import bounds
+from megatron_dft.data import bounds, workers
 from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.schema import RowError, parse_row
 from megatron_dft.data.tokenizer import encoder_spec
@@ -39,7 +41,9 @@ def short(request, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
     yield
     assert resource.getrlimit(resource.RLIMIT_DATA) == before[0]
-    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    assert (
+        signal.getitimer(signal.ITIMER_VIRTUAL)[0] == signal.getitimer(signal.ITIMER_PROF)[0] == 0
+    )
     signal.signal(signal.SIGVTALRM, before[1] or signal.SIG_DFL)
 
 
@@ -96,3 +100,36 @@ def test_in_a_batch_each_row_has_its_own_time_and_what_lies_between_has_none(mon
             encoder.render(bad)
         assert len(encoder.render(good)) == 1
         assert resource.getrlimit(resource.RLIMIT_DATA) == limit, "set once for all of them"
+
+
+_TOWER = (
+    "{% set n = namespace(a=(1,), b=(1,)) %}{% for i in range(64) %}"
+    "{% set n.a = (n.a, n.a) %}{% set n.b = (n.b, n.b) %}{% endfor %}"
+)
+_STUCK = {"hash": "{{ {n.a: 1} }}", "equality": "{{ n.a == n.b }}", "search": "{{ n.a in [n.b] }}"}
+_PROGRAM = """
+import sys
+from megatron_dft.data import bounds
+from megatron_dft.data.template import ChatTemplate
+bounds.SECONDS = 0.1
+with bounds.Bounded():
+    ChatTemplate({"default": sys.argv[1]}, {}).render([])
+"""
+
+
+@pytest.mark.parametrize("kind", _STUCK)
+def test_one_operation_that_never_comes_back_ends_the_process(kind):
+    words = [sys.executable, "-c", _PROGRAM, "\n" + _TOWER + _STUCK[kind]]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGPROF
+    assert 'File "<template>", line' in ended.stderr.splitlines()[1]
+
+
+def test_the_line_of_a_tokenising_process_that_ended_so():
+    worker = workers._Worker.__new__(workers._Worker)
+    worker._process = subprocess.Popen(
+        ["sh", "-c", "kill -PROF $$"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with pytest.raises(ValueError, match="chat template.* more than 60 s of CPU time; give anot"):
+        worker.ask(None)
+    worker.close()

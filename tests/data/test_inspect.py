@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_dft.cli import main
-from megatron_dft.data.show import as_html, runs, visible
+from megatron_dft.data.show import as_html, runs
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
+from megatron_dft.storage.terminal import visible
 from tests.data.fixtures import chat, chatml_tokenizer, write_jsonl
 
 

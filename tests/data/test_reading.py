@@ -1,9 +1,12 @@
 """--columns, --mask-history, --max-samples, --no-shuffle, copies and repeats."""
 
+import argparse
+
 import numpy as np
 import pytest
 
-from megatron_dft.data import repeats
+from megatron_dft.commands import diagnose, retention
+from megatron_dft.data import repeats, scored_text
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.fingerprint import differences
 from megatron_dft.data.options import DatasetOptions
@@ -23,6 +26,23 @@ def rows(count, name="a"):
 
 def build(items, tokenizer, **options):
     return build_dataset(items, tokenizer, DatasetOptions(**{"seq_length": 64, **options}))
+
+
+def test_diagnose_and_retention_read_the_columns_that_training_reads(tmp_path, tokenizer):
+    plain = [{"instruction": "1+1?", "output": "2"}]
+    other = [{"question": "1+1?", "answer": "2"}]
+    paths = [
+        str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((plain, other))
+    ]
+    for command in (diagnose, retention):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        given = parser.parse_args(["m", "d", "--columns", "instruction=question", "output=answer"])
+        reading = Reading(given.data_format, parse_columns(given.columns))
+        (expected,) = scored_text.conversations(paths[:1], tokenizer, "DATA")
+        (found,) = scored_text.conversations(paths[1:], tokenizer, "DATA", reading)
+        assert all((a == b).all() for a, b in zip(expected, found, strict=True))
+        assert expected[1].any()
 
 
 def test_columns_are_read_under_their_own_names():

@@ -58,7 +58,7 @@ def test_figures_and_what_a_column_sorts_by():
 
 
 def test_pictures_are_inside_and_folded_tables_are_closed():
-    section = Section("h", (), [Picture("a.png", b"\x89PNG")], [Table(("a",), [], "c", True)])
+    section = Section("h", (), [Picture("a.png", b"\x89PNG")], [Table(("a",), [["x"]], "c", True)])
     page = _page(section)
     (image,) = (attrs for tag, attrs in page.tags if tag == "img")
     assert image["src"] == "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
@@ -66,3 +66,9 @@ def test_pictures_are_inside_and_folded_tables_are_closed():
     assert "open" not in details
     for tag, attrs in page.tags:
         assert not attrs.get("href", "#").startswith("http") and tag != "link"
+
+
+def test_a_table_without_rows_is_its_caption():
+    page = _page(Section("h", (), [], [Table(("column",), [], "None were found.", True)]))
+    assert "None were found." in page.texts and "column" not in page.texts
+    assert not [tag for tag, _ in page.tags if tag in ("table", "details")]

@@ -1,10 +1,14 @@
 """What reaches the terminal and what reaches the log, in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from megatron_dft import cli
+from megatron_dft.storage import terminal
 
 PROGRAM = """
 import os, sys, warnings
@@ -72,3 +76,22 @@ def test_the_host_is_named_where_there_are_several(world, local, prefixed, tmp_p
     done = run(tmp_path / "log", "first", WORLD_SIZE=world, LOCAL_WORLD_SIZE=local)
     assert done.stderr.endswith("warning: w\n")
     assert (done.stderr != "warning: w\n") == prefixed
+
+
+HOSTILE, SHOWN = "a\x1b]52;c;eA==\x07\r\x9b2J\u202eé", "a\\x1b]52;c;eA==\\x07\\r\\x9b2J\\u202eé"
+
+
+@pytest.mark.parametrize("tell", [terminal.say, terminal.warn, terminal.fail, terminal.say_once])
+def test_what_is_said_does_not_steer_the_terminal(tell, capsys):
+    tell(f"{HOSTILE}\tb")
+    out, error = capsys.readouterr()
+    assert (out + error).removeprefix("error: ") == f"{SHOWN}\tb\n"
+
+
+def test_neither_does_what_a_file_says_to_a_command(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": HOSTILE + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, ensure_ascii=False))
+    assert cli.main(["drift", str(tmp_path), str(tmp_path / HOSTILE)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said[:-1].isprintable(), said
