@@ -39,8 +39,9 @@ if [ ${#red[@]} -gt 0 ]; then
 fi
 say "pytest $*"
 status=0
-# A worker a core, of which many tests wait for something else; a few tests are not worth their start.
-[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadgroup
+# A worker a core, since many tests wait for something else; a few are not worth its start. A file stays
+# with one worker: the virtual Slurm cluster, of which there can be one, and what a module has set up.
+[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 python -m pytest "$@" || status=$?
 [ "$status" -ne 0 ] || [ ${#red[@]} -eq 0 ] || status=1
 exit "$status"
