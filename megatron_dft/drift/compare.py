@@ -19,7 +19,9 @@ from megatron_dft.drift.names import module_type
 from megatron_dft.drift.principal import Shares
 from megatron_dft.drift.spectrum import Spectrum, spectrum
 
-_WORKER_BYTES = 24 << 20  # blocks, and the interpreter's pages that a fork soon copies
+_WORKER_BYTES = (
+    36 << 20
+)  # blocks, and the interpreter's pages that a fork soon copies: 27 to 34 MiB
 
 
 @dataclass
@@ -84,14 +86,13 @@ class Comparison:
             yield from tensors
 
     def _affordable(self, promised: int) -> int:
-        """Workers: fewer where what each keeps of the subspaces' bases would break the promise."""
-        names = [n for n in self._names if self._ks and self._whole(n)]
-        if not names:
-            return self._workers
-        bases = [self._resident(n) - 4 * self._base.tensors[n].numel for n in names]
-        each = _WORKER_BYTES + 2 * int(np.median(bases))
-        rest = promised - max(self._resident(n) for n in names)
-        return max(1, min(self._workers, rest // each))
+        """Workers: fewer where what each keeps, of the subspaces' bases too, would break the
+        promise. Two at least without bases: of a small checkpoint it means nothing."""
+        names = [n for n in self._names if self._whole(n)]
+        bases = [self._resident(n) - 4 * self._base.tensors[n].numel for n in names if self._ks]
+        each = _WORKER_BYTES + 2 * int(np.median(bases) if bases else 0)
+        rest = promised - max((self._resident(n) for n in names), default=0)
+        return min(self._workers, max(1 if bases else 2, rest // each))
 
     def _tensors(self, names: list[str]) -> list[TensorDrift]:
         return [self._tensor(name) for name in names]
