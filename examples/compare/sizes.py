@@ -22,8 +22,8 @@ class Settings:
     steps: int = 120
     grpo_steps: int = 400
     batch: int = 64
-    iterations: int = 100
-    population: int = 30
+    iterations: int = 40
+    population: int = 16
     es_prompts: int = 128
     anchor: float = 0.02
     snapshots: int = 5
