@@ -19,9 +19,8 @@ from megatron_dft.drift.names import module_type
 from megatron_dft.drift.principal import Shares
 from megatron_dft.drift.spectrum import Spectrum, spectrum
 
-_WORKER_BYTES = (
-    36 << 20
-)  # blocks, and the interpreter's pages that a fork soon copies: 27 to 34 MiB
+# Blocks, and the interpreter's pages that a fork soon copies: 27 to 34 MiB.
+_WORKER_BYTES = 36 << 20
 
 
 @dataclass

@@ -19,10 +19,10 @@ from megatron_dft.losses.vocab_parallel import vocab_parallel_loss, vocab_parall
 from tests.losses.reference import (
     PARAMETERS,
     data_stats,
-    dense_loss,
     entropy_of_top,
     relative_error,
 )
+from tests.losses.vocab_cases import exact, ours
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # A vocabulary that is no multiple of anything, one of many tiles, one of a few columns.
@@ -55,31 +55,12 @@ def logits_case(vocab: int, dtype: torch.dtype, tokens: int = 67) -> dict:
 def every_objective_from_logits(vocab: int, dtype: torch.dtype) -> None:
     case = logits_case(vocab, dtype)
     assert kernels.serve(case["logits"])
-    log_ref = case["reference"].double().log_softmax(-1)
-    log_ref = log_ref.gather(1, case["target"].clamp(min=0).unsqueeze(1)).squeeze(1)
     for number, name in enumerate(PARAMETERS):
-        exact = case["logits"].double().requires_grad_()
-        supervised = case["target"] != -100
-        loss, _ = dense_loss(
-            name, exact, case["target"], supervised, case["segments"], case["reference"].double()
-        )
-        loss.backward(case["upstream"].double())
-        logits = case["logits"].clone().requires_grad_()
-        objective = registry.get(name.split("/")[0], **PARAMETERS[name])
-        more = {"reference_logits": case["reference"]} if "kl" in objective.needs else {}
-        got, _ = vocab_parallel_loss(
-            logits * 1.0,
-            case["target"],
-            None,
-            objective,
-            token_stats=data_stats(case["segments"], log_ref.float()),
-            overwrite_logits=number % 2 == 0,
-            **more,
-        )
-        got.backward(case["upstream"])
-        assert relative_error(got, loss) <= 2e-5, name
-        assert norm_error(logits.grad, exact.grad) <= DTYPES[dtype], name
-        assert not logits.grad[~supervised].any(), name
+        want, want_grad = exact(name, case)
+        got, _, grad = ours(name, case, None, overwrite_logits=number % 2 == 0)
+        assert relative_error(got, want) <= 2e-5, name
+        assert norm_error(grad, want_grad) <= DTYPES[dtype], name
+        assert not grad[case["target"] == -100].any(), name
 
 
 def statistics_top_k_and_ties(vocab: int) -> None:
