@@ -63,6 +63,9 @@ class Output:
 
     def finish(self) -> None:
         """The export at the end of training, and whether the model has learnt to stop."""
+        writer = get_tensorboard_writer()
+        if writer is not None:  # Megatron did it before the last evaluation
+            writer.flush()
         objective, warning = settings().objective, None
         if not objective.signed:  # else the ends of bad answers, which are to fade, are among them
             warning = self.ends.warning(objective.name, self.args.dft_full_weight)

@@ -1,5 +1,6 @@
 """Run `megatron_dft.train` on N gloo ranks of the fork server, and hear every figure."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def scalars(directory: Path) -> dict[str, float]:
     events = EventAccumulator(str(directory))
     events.Reload()
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+
+
+def slow_events() -> None:
+    """For `before`: TensorBoard's writing thread is behind by 20 figures when training ends."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write = RecordWriter.write
+
+    def slowly(self, data: bytes) -> None:
+        time.sleep(0.02)
+        write(self, data)
+
+    RecordWriter.write = slowly  # type: ignore[method-assign]
 
 
 def tolerate_exit() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.launch import flags, run_train, scalars
+from tests.train.launch import flags, run_train, scalars, slow_events
 from tests.train.preferences import PAIRS, ROWS, RUN, SEQ_LENGTH, digest, pairs, write_pairs
 from tests.train.scored import no_frozen_model, score, score_flags
 
@@ -70,7 +70,7 @@ def test_the_losses_and_figures_are_trl_s(case, tiny_model, path, tmp_path):
     # Each step has all pairs, so an evaluation on them has the figures of the step behind it.
     evaluated = dict(valid_data=path, tensorboard_dir=tmp_path) if steps < RUN["steps"] else {}
     argv = flags(tiny_model, path, **PACKED, train_iters=steps, **evaluated, **given)
-    found = run_train(ranks, *argv)
+    found = run_train(ranks, *argv, before=slow_events)
     assert len(found) == steps
     _equals_trl(found, kind)
     assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
