@@ -138,10 +138,14 @@ class Tree:
     def __init__(self, path: Path, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True)
+        # Compiled in the warm-up, as an installed package is; none of it is left in the trees.
+        kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        kept["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
         with (directory / "log").open("w") as log:
             self._server = subprocess.Popen(
                 [sys.executable, __file__, "--serve", str(path.resolve())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=kept,
             )  # fmt: skip
 
     def run(self, words: list[str]) -> Spent:

@@ -153,8 +153,11 @@ def _start_of(encoding: Any, start: int, end: int) -> tuple[int, int]:
 
     (-1, start) where there is none.
     """
-    first = _token_from(encoding, start, end)
-    return (-1, start) if first is None else (first, encoding.token_to_chars(first)[0])
+    for char in range(start, end):
+        token = encoding.char_to_token(char)
+        if token is not None:
+            return token, encoding.token_to_chars(token)[0]
+    return -1, start
 
 
 def _covers(encoding: Any, token: int, char: int) -> bool:
@@ -164,12 +167,12 @@ def _covers(encoding: Any, token: int, char: int) -> bool:
 
 def _mark(encoding: Any, ids: np.ndarray, start: int, end: int, length: int, kind: int) -> None:
     """Flags the tokens of [start, end): an end wherever it is touched, else only whole tokens."""
-    first = _token_from(encoding, start, end)
-    if first is None:
+    first, char = _start_of(encoding, start, end)
+    if first < 0:
         return
     last = _token_behind(encoding, end, length, len(ids))
     if not kind & _END:
-        if encoding.token_to_chars(first)[0] < start:
+        if char < start:
             first += 1
         while last > first and encoding.token_to_chars(last - 1)[1] > end:
             last -= 1
@@ -184,16 +187,7 @@ def _cut(encoded: Encoded, count: int) -> Encoded:
 
 def _as_array(ids: list[int]) -> np.ndarray:
     # By way of the standard library's array: three times as fast as numpy's own conversion.
-    return np.array(array("I", ids), dtype=np.uint32)
-
-
-def _token_from(encoding: Any, start: int, end: int) -> int | None:
-    """The first token that covers a character of [start, end)."""
-    for char in range(start, end):
-        token = encoding.char_to_token(char)
-        if token is not None:
-            return int(token)
-    return None
+    return np.asarray(array("I", ids), dtype=np.uint32)
 
 
 def _token_behind(encoding: Any, end: int, length: int, count: int) -> int:

@@ -34,13 +34,17 @@ def conversation(
     found = Conversation([], [], tools)
     previous = ""
     for index, message in enumerate(messages):
-        where = f"message {index}"
         if not isinstance(message, Mapping):
-            raise RowError(f"{where} must be an object, not {kind_of(message)}")
-        cleaned = _message(message, where, previous, index, found)
+            raise RowError(f"message {index} must be an object, not {kind_of(message)}")
+        if _is_plain(message):
+            cleaned = dict(message)
+            _check_order(cleaned["role"], previous, index)
+            _check_content(cleaned["content"], cleaned["role"], index)
+        else:
+            cleaned = _message(message, previous, index, found)
         previous = cleaned["role"]
         if len(message) > 2:
-            _train_as_asked(message, cleaned, where, row_weight, found)
+            _train_as_asked(message, cleaned, index, row_weight, found)
         elif previous == "assistant":
             found.trained.append(index)
             if row_weight != 1:
@@ -53,10 +57,20 @@ def conversation(
     return found
 
 
+def _is_plain(message: Mapping[Any, Any]) -> bool:
+    """Role and text alone, as nearly always: there is nothing to bring into another spelling."""
+    return (
+        len(message) == 2
+        and isinstance(message.get("content"), str)
+        and message.get("role") in _ROLES
+    )
+
+
 def _message(
-    message: Mapping[Any, Any], where: str, previous: str, index: int, found: Conversation
+    message: Mapping[Any, Any], previous: str, index: int, found: Conversation
 ) -> dict[str, Any]:
     """The message in today's spelling, without the keys that say how it trains."""
+    where = f"message {index}"
     # Arrow fills absent fields with None; templates treat a present None as "None".
     cleaned = dict(message)
     if None in cleaned.values():
@@ -72,7 +86,7 @@ def _message(
             tool_calls_of(cleaned, where, found.notes)
             found.calls = found.calls or "tool_calls" in cleaned
         _clean_other_keys(cleaned, where, found)
-    _set_content(cleaned, role, where)
+    _set_content(cleaned, role, index)
     return cleaned
 
 
@@ -94,10 +108,11 @@ def _clean_other_keys(cleaned: dict[str, Any], where: str, found: Conversation) 
 def _train_as_asked(
     message: Mapping[Any, Any],
     cleaned: dict[str, Any],
-    where: str,
+    index: int,
     row_weight: float,
     found: Conversation,
 ) -> None:
+    where = f"message {index}"
     weight, asked = message_weight(message, where)
     if cleaned["role"] != "assistant":
         if asked and USER_NOTE not in found.notes:
@@ -124,22 +139,28 @@ def _check_order(role: str, previous: str, index: int) -> None:
         raise RowError(f"wrong role order: message {index} ({role}) {after}")
 
 
-def _set_content(cleaned: dict[str, Any], role: str, where: str) -> None:
+def _set_content(cleaned: dict[str, Any], role: str, index: int) -> None:
     """Text in place of parts; null and absent stay as they are beside tool calls, else are ""."""
     calls = role == "assistant" and "tool_calls" in cleaned
-    content = cleaned.get("content")
+    content, where = cleaned.get("content"), f"message {index}: content"
     if isinstance(content, list):
         parts: list[Any] = [p.get("text") if isinstance(p, Mapping) else p for p in content]
         if not all(isinstance(p, str) for p in parts):
-            raise RowError(f"{where}: content has parts that are not text")
+            raise RowError(f"{where} has parts that are not text")
         content = "".join(parts)
     if content is None:
-        if not calls:
-            cleaned["content"] = content = ""
+        if calls:
+            return
+        content = ""
     elif not isinstance(content, str):
-        raise RowError(f"{where}: content must be text, not {kind_of(content)}")
-    else:
-        cleaned["content"] = content
-        check_text(content, f"{where}: content")
-    if role in ("user", "assistant") and not calls and not (content or "").strip():
-        raise RowError(f"{where} ({role}): empty content")
+        raise RowError(f"{where} must be text, not {kind_of(content)}")
+    cleaned["content"] = content
+    _check_content(content, role, index, calls)
+
+
+def _check_content(content: str, role: str, index: int, calls: bool = False) -> None:
+    """`calls`: beside tool calls an answer may be empty."""
+    if "\0" in content or not content.isascii():  # else there is nothing that check_text refuses
+        check_text(content, f"message {index}: content")
+    if role in ("user", "assistant") and not calls and (not content or content.isspace()):
+        raise RowError(f"message {index} ({role}): empty content")

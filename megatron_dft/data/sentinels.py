@@ -22,19 +22,19 @@ _EMPTY: tuple[Any, ...] = (None, "", {})
 
 def shape(conversation: Conversation) -> tuple[Any, ...]:
     """Equal for conversations whose texts alone differ."""
-    trained = set(conversation.trained)
-    forms: list[Any] = [len(conversation.tools or ())]
-    for index, message in enumerate(conversation.messages[: conversation.trained[-1] + 1]):
+    trained = conversation.trained
+    forms: list[Any] = [len(conversation.tools or ()), tuple(trained)]
+    for message in conversation.messages[: trained[-1] + 1]:
         content = message.get("content")
         # In line, because nearly every message of every row is one of these.
         if len(message) == 2 and content and not content.isspace():
-            forms.append("trained" if index in trained else message["role"])
+            forms.append(message["role"])
         else:
-            forms.append(_form(message, index in trained))
+            forms.append(_form(message))
     return tuple(forms)
 
 
-def _form(message: Mapping[str, Any], trains: bool) -> Any:
+def _form(message: Mapping[str, Any]) -> Any:
     content = message.get("content", ...)
     if isinstance(content, str):
         content = not content or content.isspace()
@@ -43,7 +43,7 @@ def _form(message: Mapping[str, Any], trains: bool) -> Any:
     for call in message.get("tool_calls", ()):
         arguments = _function(call).get("arguments")
         calls.append((type(arguments).__name__, arguments in _EMPTY))
-    return (message["role"], content, trains, thinks, *message, *calls)
+    return (message["role"], content, thinks, *message, *calls)
 
 
 class Expected(NamedTuple):

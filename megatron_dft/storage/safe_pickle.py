@@ -124,6 +124,11 @@ def loads(content: bytes) -> tuple[Any, list[str]]:
     return value, unpickler.foreign
 
 
+def loads_checked(content: bytes) -> Any:
+    """What the pickle holds, of bytes that `loads` found right before."""
+    return _Listed(io.BytesIO(content)).load()
+
+
 def _restore(known: Any, names: dict[str, Any]) -> None:
     """A pickle can set attributes of the classes it names."""
     for name in vars(known).keys() - names.keys():
