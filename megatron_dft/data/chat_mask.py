@@ -104,6 +104,7 @@ class TurnRenderer:
         except TemplateError as error:
             raise RowError(str(error)) from None
         self._check_drops(conversation, len(rendered) > 1)
+        conversation.notes += self._ends.notes(conversation)
         for one in rendered:
             _check_encodable(one.text)
         return rendered

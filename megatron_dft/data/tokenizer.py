@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dft.data.sentencepiece_model import load_sentencepiece
 from megatron_dft.data.spec import EncoderSpec
-from megatron_dft.data.tokenizer_backend import check_backend
+from megatron_dft.data.tokenizer_backend import check_backend, no_dropout
 from megatron_dft.data.tokenizer_growth import check_file
 
 
@@ -52,6 +52,7 @@ def load_tokenizer(
             f"tokenizer {str(path_or_name)!r} is {type(tokenizer).__name__}, which has no fast "
             "implementation; exact masks need one: convert it to tokenizer.json"
         )
+    no_dropout(tokenizer.backend_tokenizer)
     if path.suffix != ".model":
         check_backend(tokenizer, path)
     if chat_template is not None:

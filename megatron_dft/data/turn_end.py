@@ -6,9 +6,9 @@ import json
 import re
 from typing import Any
 
-from megatron_dft.data.conversation import RowError
+from megatron_dft.data.conversation import Conversation, RowError
 from megatron_dft.data.spec import EncoderSpec
-from megatron_dft.data.template import ChatTemplate, Span, TemplateError
+from megatron_dft.data.template import REASONING_NAMES, ChatTemplate, Span, TemplateError
 
 _USER, _ANSWER = "Zqwuser", "Zqwanswer"
 
@@ -76,6 +76,28 @@ class TurnEnds:
         if found is None or text[position:].strip():
             raise RowError(f"message {turn}: the template writes no end-of-turn token behind it")
         return found.span()
+
+    def notes(self, conversation: Conversation) -> list[str]:
+        """What is to be said of messages that hold such a token in their own text.
+
+        The tokenizer takes it for what it says: generation stops in the middle of such an answer.
+        """
+        found: list[str] = []
+        for index, message in enumerate(conversation.messages[: conversation.trained[-1] + 1]):
+            for token in self._usual:
+                # In line, because hardly any message of any row has one.
+                if token not in (message.get("content") or "") and (
+                    len(message) == 2
+                    or not any(token in message.get(n, "") for n in REASONING_NAMES)
+                ):
+                    continue
+                if index in conversation.trained:
+                    note = f"answers hold {token} in their text: generation will stop there"
+                else:
+                    note = f"prompts hold {token} in their text: it reads as the end of a turn"
+                if note not in found:
+                    found.append(note)
+        return found
 
     def inside(self, text: str, start: int, stop: int) -> Span:
         """The end token in a span that the template marked; empty at its end where it has none."""

@@ -84,17 +84,30 @@ def write(checkpoint: HFCheckpoint, target: Path, chat: TrainedChat | None) -> N
 def generation_config(
     checkpoint: HFCheckpoint, end_tokens: tuple[int, ...]
 ) -> dict[str, Any] | None:
-    """The base's generation_config.json with `end_tokens` among its eos_token_id.
+    """The base's generation_config.json with `end_tokens` among its eos_token_id, and none of them
+    suppressed.
 
-    The base's own stay, in front: a base model ends a document with them. None where they already
-    hold every end token. Without the file transformers takes the ids of config.json, and so do we.
+    The base's own stay, in front: a base model ends a document with them. None where nothing has to
+    change. Without the file transformers takes the ids of config.json, and so do we.
     """
     settings, ends = _base_generation(checkpoint)
     missing = [token for token in end_tokens if token not in ends]
-    if not missing:
-        return None
-    ends = [*ends, *missing]
-    return {**settings, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    found = {**settings, **_unsuppressed(settings, end_tokens)}
+    if missing:
+        ends = [*ends, *missing]
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return None if found == settings else found
+
+
+def _unsuppressed(settings: dict[str, Any], end_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """The settings that forbid tokens, those of them changed that forbid an end token."""
+    forbidden = [(name, list(end_tokens)) for name in ("suppress_tokens", "begin_suppress_tokens")]
+    changed = {}
+    for name, ends in [*forbidden, ("bad_words_ids", [[token] for token in end_tokens])]:
+        listed = settings.get(name)
+        if isinstance(listed, list) and any(one in ends for one in listed):
+            changed[name] = [one for one in listed if one not in ends] or None
+    return changed
 
 
 def _base_generation(checkpoint: HFCheckpoint) -> tuple[dict[str, Any], list[int]]:

@@ -109,6 +109,12 @@ def _check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) -
             f"{path}/config.json: 'architectures' must name one class such as 'LlamaForCausalLM', "
             f"got {str(architectures)[:80]}"
         )
+    if config.get("transformers_weights"):
+        raise ValueError(
+            f"{path}/config.json names weights of its own ('transformers_weights': "
+            f"{str(config['transformers_weights'])[:80]!r}), which is not read; name them "
+            "model.safetensors and remove that entry"
+        )
     if config.get("quantization_config"):
         raise ValueError(
             f"{path}: the weights are quantised (quantization_config in config.json); give the "

@@ -8,6 +8,7 @@ from megatron_dft.storage.safetensors import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 
 
 def read_directory(path: Path) -> dict[str, StoredTensor]:
@@ -37,8 +38,19 @@ def read_directory(path: Path) -> dict[str, StoredTensor]:
 
 def _shards(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the files, and the index's weight_map ({} without an index)."""
+    if (path / _ADAPTER).is_file():  # transformers would load its base and it, and not these files
+        raise ValueError(
+            f"{path} holds an adapter ({_ADAPTER}), not a model alone; merge it into its base, or "
+            f"remove {_ADAPTER} where it is stale"
+        )
     if (path / INDEX).is_file():
-        return _indexed(path, path / INDEX)
+        files, weight_map = _indexed(path, path / INDEX)
+        if (path / _SINGLE).is_file() and _SINGLE not in files:  # which transformers would take
+            raise ValueError(
+                f"{path} holds two models: {_SINGLE}, and the files that {INDEX} names; remove the "
+                "stale ones"
+            )
+        return files, weight_map
     if (path / _SINGLE).is_file():
         return [_SINGLE], {}
     files = sorted(file.name for file in path.glob("*.safetensors") if file.is_file())

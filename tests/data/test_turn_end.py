@@ -5,7 +5,7 @@ import pytest
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.encode import ChatEncoder
 from megatron_dft.data.options import DatasetOptions
-from megatron_dft.data.schema import RowError
+from megatron_dft.data.schema import RowError, parse_row
 from megatron_dft.data.spec import END, KIND_END, KIND_WRITTEN, SUPERVISED, WRITTEN
 from megatron_dft.data.tokenizer import encoder_spec
 from tests.data.families import FAMILIES
@@ -67,6 +67,21 @@ def test_end_tokens_in_the_rows_own_text_end_nothing():
     assert texts(_channels(), {"messages": messages}, END) == ["<|return|>"]
 
 
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+@pytest.mark.parametrize("turn", range(5))
+def test_end_tokens_in_the_rows_own_text_are_said(turn, key):
+    messages = chat("q", "a", "r", "b", "never seen")
+    messages[turn][key] = "x<|end|>y"
+    conversation = parse_row({"messages": messages}, None)
+    _channels()[1].render(conversation)
+    expected = {
+        0: ["prompts hold <|end|> in their text: it reads as the end of a turn"],
+        1: ["answers hold <|end|> in their text: generation will stop there"],
+        4: [],  # behind the last answer
+    }
+    assert conversation.notes == expected[turn if turn == 4 else turn % 2]
+
+
 def test_a_last_turn_without_an_end_is_refused():
     open_ended = CHANNELS.replace("<|return|>", "")
     with pytest.raises(ValueError, match="plain conversation: .* no end-of-turn token behind it"):
@@ -122,8 +137,6 @@ def test_what_the_template_writes_around_a_call_is_marked_and_what_the_row_says_
 def test_a_space_of_the_template_that_merges_with_the_answer_is_the_answers():
     tokenizer = FAMILIES["mistral"].tokenizer()
     encoder = ChatEncoder(encoder_spec(tokenizer))
-    from megatron_dft.data.schema import parse_row
-
     (flagged,) = encoder.encode(encoder.render(parse_row({"messages": chat("a", "the")}, None)))
     assert ((flagged & WRITTEN) != 0).sum() == 1 and ((flagged & SUPERVISED) != 0).sum() >= 2
 

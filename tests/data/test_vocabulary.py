@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dft.cli import main
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
-from megatron_dft.data.tokenizer import load_tokenizer, pad_token_id
+from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer, pad_token_id
 from megatron_dft.data.tokenizer_backend import check_backend
 from tests.data.fixtures import chat, chatml_tokenizer, prepare_file, write_jsonl
 
@@ -110,3 +110,17 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path):
         with pytest.raises(ValueError) as caught:
             load_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_dropout_that_a_file_holds_is_off(tmp_path):
+    chatml_tokenizer().save_pretrained(tmp_path)
+    text = "What is the sum of twelve and seven? The answer is nineteen. " * 9
+    expected = load_tokenizer(tmp_path)(text)["input_ids"]
+    file = tmp_path / "tokenizer.json"
+    layout = json.loads(file.read_text())
+    layout["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(layout))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer(text)["input_ids"] == expected
+    spec = encoder_spec(tokenizer)
+    assert json.loads(spec.tokenizer_json)["model"]["dropout"] is None

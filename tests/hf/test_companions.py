@@ -122,6 +122,23 @@ def test_a_base_that_stops_already_keeps_its_file(base):
     assert (out / "generation_config.json").read_text() == text
 
 
+def test_no_end_of_a_turn_is_suppressed(base):
+    settings = {
+        "eos_token_id": END,
+        "suppress_tokens": [1, END],
+        "begin_suppress_tokens": [END],
+        "bad_words_ids": [[2, END], [END]],
+    }
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    out = exported(base, TrainedChat(end_tokens=(END,)))
+    assert json.loads((out / "generation_config.json").read_text()) == {
+        "eos_token_id": END,
+        "suppress_tokens": [1],
+        "begin_suppress_tokens": None,
+        "bad_words_ids": [[2, END]],
+    }
+
+
 def test_code_goes_along_where_it_is_asked_for(base):
     (base / "configuration_tiny.py").write_text("x = 1")
     out = exported(base)

@@ -174,6 +174,23 @@ def test_tensor_in_two_files(tiny):
     assert "'lm_head.weight'" in refusal(tiny)
 
 
+def test_two_models_in_one_directory(tiny):
+    save_file({"a": torch.zeros(1)}, tiny / "model-00001-of-00001.safetensors")
+    shard(tiny, {"a": "model-00001-of-00001.safetensors"})
+    assert "two models: model.safetensors, and" in refusal(tiny)
+    (tiny / "model.safetensors").unlink()
+    assert open_checkpoint(tiny).tensors.keys() == {"a"}
+
+
+def test_weights_that_transformers_would_not_load(tiny):
+    edit(tiny, transformers_weights="other.safetensors")
+    assert "'other.safetensors'" in refusal(tiny)
+    edit(tiny, transformers_weights=None)
+    open_checkpoint(tiny)
+    (tiny / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    assert "holds an adapter (adapter_config.json)" in refusal(tiny)
+
+
 def test_unknown_model_type_and_architecture(tiny):
     edit(tiny, model_type="no-such")
     with pytest.raises(ValueError, match="'no-such'"):
