@@ -21,7 +21,7 @@ _FLAGS = {
     "seed": "--seed",
     "seq_length": "--seq-length",
     "overlong": "--overlong",
-    "packing": "--no-packing",
+    "packing": "packing (--no-packing)",
     "pack_granularity": "--context-parallel-size (packing granularity)",
     "content": "the content of the data",
     "kind": "the kind of the data",
@@ -38,6 +38,8 @@ _FLAGS = {
     "chat_drops": "--chat-drops",
     "version": "the tokenised format of this release",
 }
+# What follows from another setting and says nothing beside it.
+_FOLLOWS = {"pack_granularity": "packing", "held_out_part": "valid_share"}
 
 
 def record(directory: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
@@ -83,10 +85,12 @@ def has_sources(identity: Any) -> bool:
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One phrase for each setting that differs: what it is, what it was, what it is now."""
+    names = {*saved, *current} - {"sources"}
+    different = {name for name in names if saved.get(name) != current.get(name)}
     changes = [
         f"{_FLAGS.get(name, name)} was {saved.get(name)!r}, is {current.get(name)!r}"
-        for name in sorted({*saved, *current} - {"sources"})
-        if saved.get(name) != current.get(name)
+        for name in sorted(different)
+        if _FOLLOWS.get(name) not in different
     ]
     before, now = saved.get("sources", []), current.get("sources", [])
     if len(before) != len(now):

@@ -17,6 +17,16 @@ JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".json.gz
 PARQUET = (".parquet", ".pq")
 CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 FILES = JSON_LINES + PARQUET + CSV
+# How `datasets` tells splits by the names of files and directories (its data_files.py).
+_SPLITS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+_SPLIT_NAMES = {
+    split: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?=[-._ 0-9/]|$)")
+    for split, words in _SPLITS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
                 f"{flag} {name!r} is a directory without .jsonl, .parquet or .csv files and not a "
                 "data set that `datasets` saved; name the files"
             )
+        _check_one_split(path, files, flag)
         return "files", files
     if path.exists():
         if not name.endswith(FILES):
@@ -124,6 +135,22 @@ def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
     if _HUB_NAME.match(name) and not name.endswith(FILES):
         return "hub", ()
     raise ValueError(f"{flag} {name!r} does not exist; give a file, a directory or a hub data set")
+
+
+def _check_one_split(directory: Path, files: Sequence[str], flag: str) -> None:
+    """Who clones a data set has what is to be held out of training in the same directory."""
+    found: dict[str, str] = {}
+    for file in files:
+        name = os.path.relpath(file, directory)
+        # `datasets` takes the first split that a name fits.
+        split = next((s for s, words in _SPLIT_NAMES.items() if words.search(name)), None)
+        if split is not None:
+            found.setdefault(split, name)
+    if len(found) > 1:
+        listed = ", ".join(f"{split} ({name})" for split, name in found.items())
+        raise ValueError(
+            f"{flag} {str(directory)!r} holds several splits: {listed}; name the files of one"
+        )
 
 
 def _files_below(directory: Path, suffixes: tuple[str, ...] | None) -> tuple[str, ...]:

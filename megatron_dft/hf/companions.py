@@ -101,12 +101,14 @@ def generation_config(
 
 def _unsuppressed(settings: dict[str, Any], end_tokens: tuple[int, ...]) -> dict[str, Any]:
     """The settings that forbid tokens, those of them changed that forbid an end token."""
-    forbidden = [(name, list(end_tokens)) for name in ("suppress_tokens", "begin_suppress_tokens")]
-    changed = {}
-    for name, ends in [*forbidden, ("bad_words_ids", [[token] for token in end_tokens])]:
+    ends: list[Any] = [*end_tokens, *([token] for token in end_tokens)]  # bad_words_ids has lists
+    changed: dict[str, Any] = {}
+    for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
         listed = settings.get(name)
-        if isinstance(listed, list) and any(one in ends for one in listed):
-            changed[name] = [one for one in listed if one not in ends] or None
+        if isinstance(listed, list):
+            kept = [one for one in listed if one not in ends]
+            if kept != listed:
+                changed[name] = kept or None
     return changed
 
 

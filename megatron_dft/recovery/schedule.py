@@ -6,7 +6,6 @@ flags. What changes no learning rate and no weight decay (a longer run at a cons
 itself.
 """
 
-from pathlib import Path
 from typing import Any
 
 from megatron_dft.compat import learning_rates
@@ -48,23 +47,10 @@ def of_args(args: Any) -> dict[str, Any]:
     }
 
 
-def read(iteration_directory: Path) -> dict[str, Any] | None:
-    """The scheduler's state in a torch_dist checkpoint; None where it has none.
-
-    None also where it cannot be read: Megatron will say so in a moment, on every rank.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(iteration_directory))
-    except (CheckpointingException, OSError):
-        return None
-    return common.get("opt_param_scheduler")
-
-
-def settle(args: Any, saved: dict[str, Any], where: str) -> list[str]:
+def settle(args: Any, saved: dict[str, Any], where: str, batch: int | None = None) -> list[str]:
     """Let `args` go on from a checkpoint with the scheduler state `saved`; returns what to say.
+
+    batch: the checkpoint's --global-batch-size; None: this run's.
 
     Raises ResumeError, naming flag and remedy, for another schedule without Megatron's
     --override-opt_param-scheduler or --use-checkpoint-opt_param-scheduler.
@@ -73,7 +59,16 @@ def settle(args: Any, saved: dict[str, Any], where: str) -> list[str]:
     different = [name for name in now if name in saved and saved[name] != now[name]]
     if not different:
         return []
-    said = list(dict.fromkeys(_word(args, name, saved[name], now[name]) for name in different))
+    batch = batch or args.global_batch_size
+    said = list(
+        dict.fromkeys(_word(args, batch, name, saved[name], now[name]) for name in different)
+    )
+    if args.train_iters and batch != args.global_batch_size and set(different) & {*_LENGTHS}:
+        said = [
+            f"--global-batch-size was {batch}, is {args.global_batch_size}, and lengths count "
+            "samples",
+            *filter(None, said),
+        ]
     if args.use_checkpoint_opt_param_scheduler:
         args.lr, args.min_lr = saved["max_lr"], saved["min_lr"]
         return [f"--use-checkpoint-opt_param-scheduler: {line}; as it was" for line in said]
@@ -99,18 +94,23 @@ def _unchanged(different: list[str], saved: dict[str, Any], now: dict[str, Any])
     return set(different) <= free
 
 
-def _word(args: Any, name: str, saved: Any, now: Any) -> str:
-    """One difference in the words of the flags: lengths in steps, where they are whole."""
+def _word(args: Any, before: int, name: str, saved: Any, now: Any) -> str:
+    """One difference in the words of the flags: lengths in steps (of `before` samples then), where
+    they are whole. Empty where it is the same number of steps."""
     flag = _FLAGS.get(name)
     unit = ""
     if flag is None:
         in_steps = bool(args.train_iters)
         flag = _length_flag(args, name, "iters" if in_steps else "samples")
         batch = args.global_batch_size if in_steps else 1
+        before = before if in_steps else 1
         unit = " steps" if in_steps else " samples"
-        if in_steps and any(value % batch for value in (saved, now)):
-            batch, unit = 1, f" samples (in steps of --global-batch-size {args.global_batch_size})"
-        saved, now = saved / batch, now / batch
+        if saved % before or now % batch:  # of a share of warm-up
+            before, batch = 1, 1
+            unit = f" samples (in steps of --global-batch-size {args.global_batch_size})"
+        saved, now = saved / before, now / batch
+        if saved == now:
+            return ""
     return f"{flag} was {_number(saved)}{unit}, is {_number(now)}{unit}"
 
 

@@ -16,6 +16,7 @@ from megatron_dft.recovery import (
     fallback,
     manifest,
     numbers,
+    optimizer_state,
     resume,
     schedule,
     status,
@@ -74,7 +75,7 @@ class _Run:
                 choice.run["identity"], self.identity, args.allow_change, where
             ):
                 _say(f"warning: {line}")
-        self._settle_schedule(root, choice.iteration)
+        self._compare_optimizer(root, choice.iteration)
         self.chosen = choice.iteration
         if choice.iteration >= 0 and args.ckpt_step is None:
             resume.mend_tracker(root, choice.iteration)
@@ -92,17 +93,23 @@ class _Run:
             )
         return resume.Choice(args.ckpt_step, [], content and content["run"])
 
-    def _settle_schedule(self, root: Path, iteration: int) -> None:
+    def _compare_optimizer(self, root: Path, iteration: int) -> None:
         args = self.args
-        if iteration < 0 or args.finetune or args.no_load_optim or args.skip_train:
+        if iteration < 0 or args.finetune or args.skip_train:
             return
-        saved = None
+        if args.no_load_optim:
+            _say("--no-load-optim: the optimizer and its learning rates start from the beginning")
+            return
+        saved: dict[str, dict[str, Any]] = {}
         if dist.get_rank() == 0:
             # What cannot be read will not load either, and fallback.py says why.
             with contextlib.suppress(UnsafeFileError):
-                saved = schedule.read(manifest.iteration_directory(root, iteration))
+                saved = optimizer_state.read(manifest.iteration_directory(root, iteration))
         saved = resume._broadcast(saved)
-        for line in schedule.settle(args, saved or {}, f"{root} (step {iteration})"):
+        where, before = f"{root} (step {iteration})", saved.get("args", {})
+        optimizer_state.check(args, before, where)
+        scheduler = saved.get("scheduler", {})
+        for line in schedule.settle(args, scheduler, where, before.get(optimizer_state.BATCH)):
             _say(f"resuming with another schedule: {line}")
 
 

@@ -192,3 +192,30 @@ def test_a_path_with_a_colon_is_a_path(tmp_path):
     (source,) = parse_sources([f"2.5:{path}"])
     assert (source.name, source.weight) == (path, 2.5)
     assert parse_sources([path])[0].weight is None
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("train.jsonl", "valid.jsonl"),
+        ("gsm8k_train.jsonl", "gsm8k_dev.jsonl"),
+        ("train/a.jsonl", "eval/a.jsonl"),
+        ("training-1.csv", "testing.csv"),
+    ],
+)
+def test_a_directory_of_several_splits_is_refused(tmp_path, train, held_out):
+    for name in (train, held_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="holds several splits: .*; name the files of one") as e:
+        parse_sources([tmp_path])
+    assert train in str(e.value) and held_out in str(e.value)
+    assert len(parse_sources([tmp_path / train, tmp_path / held_out])) == 2
+
+
+def test_a_directory_of_one_split_is_taken(tmp_path):
+    for name in ("train-1.jsonl", "constrained.jsonl", "contest.jsonl", "validated.jsonl"):
+        (tmp_path / name).write_text("{}")
+    ((source),) = parse_sources([tmp_path])
+    assert len(source.paths) == 4

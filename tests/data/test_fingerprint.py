@@ -35,7 +35,9 @@ def test_each_change_is_named(tmp_path, tokenizer):
     record(tmp_path, _build(path, tokenizer).identity)
     assert "--seed was 5, is 6;" in _changed(tmp_path, path, tokenizer, seed=6)
     assert "--seq-length was 64, is 72;" in _changed(tmp_path, path, tokenizer, seq_length=72)
-    assert "--no-packing was True, is False" in _changed(tmp_path, path, tokenizer, packing=False)
+    assert "packing (--no-packing) was True, is False" in _changed(
+        tmp_path, path, tokenizer, packing=False
+    )
     assert "--overlong was 'refuse', is 'drop'" in _changed(
         tmp_path, path, tokenizer, overlong="drop"
     )

@@ -125,7 +125,11 @@ def test_a_resume_with_another_mixture_is_named(files, tokenizer):
     (change,) = differences(plain, capped)
     assert change.startswith("caps and epochs of --train-data was None, is [[12, None]")
     shared = _build(files, tokenizer, valid_share=0.1).identity
-    assert any("--valid-share was None, is 0.1" in c for c in differences(plain, shared))
+    # Which part it is says nothing beside that.
+    assert differences(plain, shared) == ["--valid-share was None, is 0.1"]
+    packed = plain | dict(packing=True, pack_granularity=8)
+    unpacked = plain | dict(packing=False, pack_granularity=1)
+    assert differences(packed, unpacked) == ["packing (--no-packing) was True, is False"]
 
 
 def _parts(items, tokenizer, share, **options):

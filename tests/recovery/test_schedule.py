@@ -64,6 +64,19 @@ def test_another_schedule_is_one_line_with_flag_values_and_remedy(what):
         assert remedy in line
 
 
+def test_another_batch_is_named_and_not_the_steps_that_are_the_same():
+    args = args_of(global_batch_size=8)
+    with pytest.raises(ResumeError, match="another schedule: --global-batch-size was 4, is 8, and "
+                       "lengths count samples; restore it"):  # fmt: skip
+        schedule.settle(args, schedule.of_args(args_of()), "ckpt", 4)
+    args = args_of(global_batch_size=8, train_iters=5)
+    with pytest.raises(ResumeError, match="was 4, is 8, .*; --train-iters was 6 steps, is 5 steps"):
+        schedule.settle(args, schedule.of_args(args_of()), "ckpt", 4)
+    args = args_of(global_batch_size=8, lr_decay_style="constant", lr_warmup_iters=0)
+    saved = schedule.of_args(args_of(lr_decay_style="constant", lr_warmup_iters=0))
+    assert len(schedule.settle(args, saved, "ckpt", 4)) == 1
+
+
 FREE = {
     "the same": (dict(), dict(), 0),
     "longer at a constant rate": (
