@@ -66,7 +66,8 @@ def detect_format(columns: Sequence[str]) -> str:
     if not fits:
         raise RowError(
             f"columns [{seen}] show no known layout; expected messages, or prompt and completion, "
-            "or instruction and output, or conversations"
+            "or instruction and output, or conversations (--columns instruction=question "
+            "output=answer, where they have other names)"
         )
     raise RowError(
         f"columns [{seen}] fit several layouts ({', '.join(fits)}); name one with --data-format"

@@ -7,14 +7,16 @@
 #   bash tests/gpu/run.sh --rehearse             without a GPU: every line that a CPU can run, at tiny
 #                                                shapes, judged as on a GPU
 #
-# Packages: those of the Python that PYTHON names (default: python3), or, where that has no Megatron,
-# those of the directory GPU_SITE with its unpack.sh and env.sh (default: a gpu_site beside or above
-# the checkout).
+# Packages: those of the Python that PYTHON names (default: .venv's, where there is one, or python3), or,
+# where that has no Megatron, those of the directory GPU_SITE with its unpack.sh and env.sh (default: a
+# gpu_site beside or above the checkout).
 # Status: 0 if all holds, 1 if not, 2 without Megatron, 3 where there is no GPU.
 set -euo pipefail
 SECONDS=0
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=${PYTHON:-python3} out='' arguments=()
+python=$root/.venv/bin/python out='' arguments=()
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift ;;
