@@ -19,11 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dft.compat.hooks import wrap
 from megatron_dft.compat.safe_types import reason_of, register, unsafe_extra_state
+from megatron_dft.storage.hard_stop import hard_stop
 from megatron_dft.storage.safe_pickle import UnsafeFileError
 from megatron_dft.storage.torch_dist import backend, read_table
 
 _LOADING = "megatron.core.dist_checkpointing"
 _TORCH = "torch.distributed.checkpoint"
+_SECONDS = 600.0  # of CPU time for one entry or file
 _FROM = "read_from"  # attribute of a table: the directory that it was read from
 
 
@@ -42,7 +44,8 @@ def install() -> None:
 def _weights_only(original: Any) -> Any:
     def load(f: Any, map_location: Any = None, *_: Any, mmap: Any = None, **__: Any) -> Any:
         try:
-            return original(f, map_location, weights_only=True, mmap=mmap)
+            with hard_stop(_SECONDS):
+                return original(f, map_location, weights_only=True, mmap=mmap)
         except OSError:
             raise
         except Exception as error:  # whatever the classes say to what they are given

@@ -15,6 +15,10 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_dft.storage import pickle_scan
+from megatron_dft.storage.hard_stop import hard_stop
+
+# CPU time that a pickle has: this, and a second more for each such number of bytes.
+_SECONDS, _BYTES_A_SECOND = 60.0, 1 << 20
 
 
 class UnsafeFileError(ValueError):
@@ -111,7 +115,8 @@ def loads(content: bytes) -> tuple[Any, list[str]]:
     before = {known: dict(vars(known)) for known in _KNOWN.values() if hasattr(known, "__dict__")}
     try:
         pickle_scan.check(content)
-        value = unpickler.load()
+        with hard_stop(_SECONDS + len(content) / _BYTES_A_SECOND):
+            value = unpickler.load()
     except Exception as error:  # whatever the classes say to what they are given
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UnsafeFileError(_named(unpickler.foreign) or reason) from None
