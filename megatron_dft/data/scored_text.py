@@ -12,7 +12,7 @@ from megatron_dft.data.prepare import PrepareOptions, prepare
 from megatron_dft.data.reading import Reading
 from megatron_dft.data.sources import parse_sources
 from megatron_dft.data.spec import ID_MASK, SUPERVISED
-from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer
+from megatron_dft.data.tokenizer import encoder_spec, load_as_it_is, load_tokenizer
 
 Sequence = tuple[np.ndarray, np.ndarray]
 
@@ -89,10 +89,4 @@ def tokenizer_of(model: Path, chat_template: str | None = None, chat: bool = Tru
     """The model's tokenizer; with a chat template where `chat`. ValueError if it has none."""
     if chat:
         return load_tokenizer(model, chat_template)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{model} has no readable tokenizer: {reason}") from None
+    return load_as_it_is(model)

@@ -31,30 +31,18 @@ def load_tokenizer(
 
     Raises ValueError where the tokenizer is missing, slow, or has no template.
     """
-    from transformers import AutoTokenizer
-
     path = Path(path_or_name)
     if path.suffix == ".model":
         tokenizer = load_sentencepiece(path)
     else:
-        check_file(path / "tokenizer.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path_or_name), revision=revision, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # damaged files raise whatever their reader meets
-            raise ValueError(
-                f"tokenizer {str(path_or_name)!r} cannot be loaded: {_first_line(error)}; give a "
-                "directory with tokenizer.json, a sentencepiece .model file, or a hub name"
-            ) from None
+        tokenizer = load_as_it_is(
+            path_or_name, revision=revision, trust_remote_code=trust_remote_code
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer {str(path_or_name)!r} is {type(tokenizer).__name__}, which has no fast "
             "implementation; exact masks need one: convert it to tokenizer.json"
         )
-    no_dropout(tokenizer.backend_tokenizer)
-    if path.suffix != ".model":
-        check_backend(tokenizer, path)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
     if not tokenizer.chat_template:
@@ -62,6 +50,36 @@ def load_tokenizer(
             f"tokenizer {str(path_or_name)!r} has no chat template; give one with "
             "--chat-template FILE (Jinja)"
         )
+    return tokenizer
+
+
+def load_as_it_is(
+    path_or_name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """transformers' tokenizer of a directory or a hub name, with or without a chat template.
+
+    It gives the ids of its own tokenizer.json, the same at each call. Raises ValueError where it
+    does not, or cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(path_or_name)
+    check_file(path / "tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path_or_name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # damaged files raise whatever their reader meets
+        raise ValueError(
+            f"tokenizer {str(path_or_name)!r} cannot be loaded: {_first_line(error)}; give a "
+            "directory with tokenizer.json, a sentencepiece .model file, or a hub name"
+        ) from None
+    if getattr(tokenizer, "is_fast", False):
+        no_dropout(tokenizer.backend_tokenizer)
+        check_backend(tokenizer, path)
     return tokenizer
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
+from megatron_dft.data.tokenizer import load_as_it_is
 from megatron_dft.rollout.chat import Rendering, model_digest, stop_ids
 from megatron_dft.rollout.prompts import Prompt
 
@@ -18,10 +19,9 @@ class PromptTokens:
     def __init__(self, model: str, rendering: Rendering, trust_remote_code: bool) -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        code = {"trust_remote_code": trust_remote_code}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
-            config = AutoConfig.from_pretrained(model, **code)
+            self.tokenizer = load_as_it_is(model, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"--model {model!r} cannot be loaded: {first_line(error)}") from None
         rendering.check(self.tokenizer, model)

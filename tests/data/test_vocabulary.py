@@ -9,8 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dft.cli import main
 from megatron_dft.data.dataset import build_dataset
 from megatron_dft.data.options import DatasetOptions
+from megatron_dft.data.scored_text import tokenizer_of
 from megatron_dft.data.tokenizer import encoder_spec, load_tokenizer, pad_token_id
 from megatron_dft.data.tokenizer_backend import check_backend
+from megatron_dft.rollout.chat import Rendering
+from megatron_dft.rollout.prompt_tokens import PromptTokens
 from tests.data.fixtures import chat, chatml_tokenizer, prepare_file, write_jsonl
 
 ROWS = [{"messages": chat("a", "b")}, {"messages": chat("x <extra> y", "b", "c", "d")}]
@@ -89,8 +92,13 @@ def test_a_tokenizer_that_loses_what_its_file_keeps_is_refused(tmp_path, monkeyp
     loaded = _spaceless(tokenizer)
     loaded.chat_template = tokenizer.chat_template
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: loaded)
-    with pytest.raises(ValueError, match="where the file gives"):
-        load_tokenizer(tmp_path)
+    for load in (
+        load_tokenizer,
+        lambda model: tokenizer_of(model, chat=False),
+        lambda model: PromptTokens(str(model), Rendering(), False),
+    ):
+        with pytest.raises(ValueError, match="where the file gives"):
+            load(tmp_path)
 
 
 def test_a_space_before_a_text_that_the_config_asks_for_is_allowed(tmp_path):
