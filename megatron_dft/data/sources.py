@@ -117,7 +117,13 @@ def _settings(text: str, item: str, flag: str) -> dict[str, float]:
 def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
     """The kind of an item and its files."""
     path = Path(name)
+    held_out = flag == "--valid-data"  # elsewhere the split "train" is meant where none is named
     if path.is_dir():
+        if held_out and (path / "dataset_dict.json").exists():
+            raise ValueError(
+                f"{flag} {name!r} holds several splits; name the directory of one, such as "
+                f"{path / 'validation'}"
+            )
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return "saved", _files_below(path, None)
         files = _files_below(path, FILES)
@@ -133,6 +139,11 @@ def _files_of(name: str, flag: str) -> tuple[str, tuple[str, ...]]:
             raise ValueError(f"{flag} {name!r}: unknown kind of file; expected {', '.join(FILES)}")
         return "files", (name,)
     if _HUB_NAME.match(name) and not name.endswith(FILES):
+        if held_out and "@" not in name:
+            raise ValueError(
+                f"{flag} {name!r}: a hub data set without a split would be its 'train'; name the "
+                f"one to evaluate on, such as {name}@validation"
+            )
         return "hub", ()
     raise ValueError(f"{flag} {name!r} does not exist; give a file, a directory or a hub data set")
 

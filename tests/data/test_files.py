@@ -219,3 +219,13 @@ def test_a_directory_of_one_split_is_taken(tmp_path):
         (tmp_path / name).write_text("{}")
     ((source),) = parse_sources([tmp_path])
     assert len(source.paths) == 4
+
+
+def test_validation_data_names_its_split(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, validation=rows.select([0])).save_to_disk(tmp_path / "d")
+    for item, remedy in ((tmp_path / "d", f"{tmp_path}/d/validation"), ("a/b", "a/b@validation")):
+        assert parse_sources([item])
+        with pytest.raises(ValueError, match=f"--valid-data .*split.* such as {remedy}"):
+            parse_sources([item], "--valid-data")
+        assert parse_sources([remedy], "--valid-data")
