@@ -59,7 +59,13 @@ def left_out(text: str, start: int, stop: int, content: str) -> str | None:
     if lost is None:
         return None
     words = Counter(_WORD.findall(_CUTS.sub(" ", content)))
-    missing = {word for word, count in words.items() if text.count(word, start, stop) < count}
+    # A word may stand in another there (escaped line ends); to look for each of them is quadratic.
+    whole = Counter(_WORD.findall(text, start, stop))
+    missing = {
+        word
+        for word, count in words.items()
+        if whole[word] < count and text.count(word, start, stop) < count
+    }
     lines = (line.strip() for line in _CUTS.split(content))
     return next((line for line in lines if missing & set(_WORD.findall(line))), None)
 
