@@ -84,17 +84,15 @@ class TurnEnds:
         """
         found: list[str] = []
         for index, message in enumerate(conversation.messages[: conversation.trained[-1] + 1]):
+            text = message.get("content") or ""
+            if len(message) > 2:
+                text = "\n".join([text, *(message.get(name, "") for name in REASONING_NAMES)])
             for token in self._usual:
-                # In line, because hardly any message of any row has one.
-                if token not in (message.get("content") or "") and (
-                    len(message) == 2
-                    or not any(token in message.get(n, "") for n in REASONING_NAMES)
-                ):
+                if token not in text:
                     continue
+                note = f"prompts hold {token} in their text: it reads as the end of a turn"
                 if index in conversation.trained:
                     note = f"answers hold {token} in their text: generation will stop there"
-                else:
-                    note = f"prompts hold {token} in their text: it reads as the end of a turn"
                 if note not in found:
                     found.append(note)
         return found
