@@ -36,4 +36,4 @@ def probe_end_tokens(spec: EncoderSpec) -> tuple[int, ...]:
 
 
 def _ends(flagged: np.ndarray) -> set[int]:
-    return set(np.unique(flagged[(flagged & END) != 0] & ID_MASK).tolist())
+    return set((flagged[(flagged & END) != 0] & ID_MASK).tolist())

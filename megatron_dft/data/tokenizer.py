@@ -13,6 +13,10 @@ from megatron_dft.data.spec import EncoderSpec
 from megatron_dft.data.tokenizer_backend import check_backend, no_dropout
 from megatron_dft.data.tokenizer_growth import check_file
 
+# Files that this process has compared with what transformers makes of them: a run loads its
+# tokenizer three times, and a large one takes a while to look through. None: there is no file.
+_found_right: set[tuple[str, int, int, int] | None] = set()
+
 
 def load_tokenizer(
     path_or_name: str | os.PathLike[str],
@@ -66,8 +70,11 @@ def load_as_it_is(
     """
     from transformers import AutoTokenizer
 
-    path = Path(path_or_name)
-    check_file(path / "tokenizer.json")
+    file = Path(path_or_name) / "tokenizer.json"
+    status = file.stat() if file.is_file() else None
+    version = status and (str(file), status.st_ino, status.st_size, status.st_mtime_ns)
+    if version not in _found_right:
+        check_file(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path_or_name), revision=revision, trust_remote_code=trust_remote_code
@@ -79,7 +86,9 @@ def load_as_it_is(
         ) from None
     if getattr(tokenizer, "is_fast", False):
         no_dropout(tokenizer.backend_tokenizer)
-        check_backend(tokenizer, path)
+        if version not in _found_right:
+            check_backend(tokenizer, Path(path_or_name))
+        _found_right.add(version)
     return tokenizer
 
 
