@@ -6,6 +6,7 @@ handler runs and nothing can be raised, and a pickle of 200 bytes may ask for it
 
 import contextlib
 import faulthandler
+import functools
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ def hard_stop(seconds: float) -> Iterator[None]:
     """
     global _inside
     with _lock:
-        faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
+        _show_the_stack()
         signal.setitimer(signal.ITIMER_PROF, seconds)
         _inside += 1
     try:
@@ -33,3 +34,8 @@ def hard_stop(seconds: float) -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@functools.cache  # a load enters hundreds of blocks
+def _show_the_stack() -> None:
+    faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
