@@ -62,7 +62,8 @@ def commit(directory: Path, run: dict[str, Any]) -> None:
     Raises RuntimeError where a file is gone that the checkpoint's own index names.
     """
     known = written_hashes.take(directory, _rank())
-    mine = manifest.describe_files(directory, _rank(), dist.get_world_size(), known)
+    files = manifest.files_of(directory, _rank(), dist.get_world_size())
+    mine = manifest.describe(directory, files, known)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
 

@@ -9,12 +9,12 @@ everything.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.storage.files import flush, read_json_object, sha256_of_file, write_whole
+from megatron_dft.storage.files import PART, flush, read_json_object, sha256_of_file, write_whole
 from megatron_dft.storage.torch_dist import TRACKER as TRACKER
 from megatron_dft.storage.torch_dist import iteration_directory as iteration_directory
 
@@ -41,26 +41,31 @@ def _digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def describe_files(
-    directory: Path, rank: int, world_size: int, known: Mapping[str, dict[str, Any]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """name → bytes and sha256 of the files that `rank` answers for. known: those of its writer.
+def files_of(directory: Path, rank: int, world_size: int) -> list[Path]:
+    """The files that `rank` answers for.
 
     torch_dist names a file after the rank that wrote it, whose page cache still holds it; rank 0
-    takes the files without such a name.
+    takes the files without such a name. What is being written and the writers' hashes are nobody's.
     """
-    mine, known = [], known or {}
+    mine = []
     for path in sorted(directory.rglob("*")):
-        ours = path.name == FILE_NAME or path.name.startswith(HASHES)
-        if path.is_file() and not ours:
-            match = _WRITTEN_BY.match(path.name)
-            writer = int(match[1]) % world_size if match else 0
-            if writer == rank:
-                mine.append(path)
+        match = _WRITTEN_BY.match(path.name)
+        writer = int(match[1]) % world_size if match else 0
+        passing = path.name.endswith(PART) or path.name.startswith(HASHES)
+        if writer == rank and not passing and path.name != FILE_NAME and path.is_file():
+            mine.append(path)
+    return mine
+
+
+def describe(
+    directory: Path, files: Sequence[Path], known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """name → bytes and sha256 of `files`. known: those that their writer has told."""
+    known = known or {}
     # At once: training waits for them, and neither fsync nor SHA-256 holds the interpreter.
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        names = [str(path.relative_to(directory)) for path in mine]
-        found = threads.map(lambda n, p: known.get(n) or _digest(p), names, mine)
+        names = [str(path.relative_to(directory)) for path in files]
+        found = threads.map(lambda n, p: known.get(n) or _digest(p), names, files)
         return dict(zip(names, found, strict=True))
 
 

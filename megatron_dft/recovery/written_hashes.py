@@ -22,8 +22,9 @@ class HashingWrite:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.write(*args, **kwargs)
-        found = manifest.describe_files(self.directory, self.rank, self.world_size)
-        shards = {name: digest for name, digest in found.items() if name.endswith(".distcp")}
+        # Its own files alone: what else there is, other processes are writing at this moment.
+        files = manifest.files_of(self.directory, self.rank, self.world_size)
+        shards = manifest.describe(self.directory, [f for f in files if f.suffix == ".distcp"])
         write_whole(_path(self.directory, self.rank), json.dumps(shards))
         return result
 

@@ -8,6 +8,7 @@ import pytest
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_dft.recovery import commit, manifest, written_hashes
+from megatron_dft.storage.files import PART
 from tests.ranks import run_ranks
 
 SHARDS = {"__0_0.distcp": b"a" * 100, "__0_1.distcp": b"b" * 10, "__1_0.distcp": b"c" * 7}
@@ -53,6 +54,18 @@ def test_the_commit_hashes_no_shard(tmp_path):
         assert record["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         assert record["bytes"] == (tmp_path / name).stat().st_size
     assert {*SHARDS, ".metadata"} == set(files)
+
+
+def test_a_writer_hashes_its_own_files_alone(tmp_path, monkeypatch):
+    hashed, digest = [], manifest._digest
+    monkeypatch.setattr(manifest, "_digest", lambda path: hashed.append(path.name) or digest(path))
+    # What another rank's writer is about to give its name, and what lies there beside.
+    passing = f".{manifest.HASHES}1.json.node.7{PART}"
+    for name in (passing, "common.pt", "__1_0.distcp"):
+        (tmp_path / name).write_bytes(b"x")
+    _request(tmp_path, 0).async_fn(tmp_path, ["__0_0.distcp", "__0_1.distcp"])
+    assert sorted(hashed) == ["__0_0.distcp", "__0_1.distcp"]
+    assert passing not in {path.name for path in manifest.files_of(tmp_path, 0, 2)}
 
 
 def test_a_rank_that_writes_nothing_and_a_writer_that_fails(tmp_path):

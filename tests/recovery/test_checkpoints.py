@@ -21,7 +21,7 @@ def _commit(root, iteration):
         (directory / name).write_bytes(content)
     files = {}
     for rank in range(2):
-        mine = manifest.describe_files(directory, rank, 2)
+        mine = manifest.describe(directory, manifest.files_of(directory, rank, 2))
         assert set(mine) == ({"__1_0.distcp"} if rank else {"__0_0.distcp", "metadata.json"})
         files |= mine
     manifest.write(directory, files, {"identity": {}, "iteration": iteration})

@@ -35,7 +35,7 @@ def step(root: Path, number: int, without=(), committed=True) -> Path:
     (directory / ".metadata").write_bytes(index())
     (directory / "metadata.json").write_text("{}")
     if committed:
-        files = manifest.describe_files(directory, 0, 1)
+        files = manifest.describe(directory, manifest.files_of(directory, 0, 1))
         manifest.write(directory, files, {"identity": {}, "iteration": number})
     (root / manifest.TRACKER).write_text(str(number))
     return directory
@@ -91,7 +91,9 @@ def spoil(root: Path, number: int):
     for shard in directory.glob("*.distcp"):
         shard.write_bytes(b"\0" * shard.stat().st_size)
     content = manifest.read(directory)
-    manifest.write(directory, manifest.describe_files(directory, 0, 1), content["run"])
+    manifest.write(
+        directory, manifest.describe(directory, manifest.files_of(directory, 0, 1)), content["run"]
+    )
 
 
 def test_a_step_that_fails_to_load_gives_way(tiny_model, chats, tmp_path):
