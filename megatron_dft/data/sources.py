@@ -19,13 +19,12 @@ CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 FILES = JSON_LINES + PARQUET + CSV
 # How `datasets` tells splits by the names of files and directories (its data_files.py).
 _SPLITS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
-_SPLIT_NAMES = {
     split: re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?=[-._ 0-9/]|$)")
-    for split, words in _SPLITS.items()
+    for split, words in (
+        ("train", "train|training"),
+        ("validation", "validation|valid|dev|val"),
+        ("test", "test|testing|eval|evaluation"),
+    )
 }
 
 
@@ -154,7 +153,7 @@ def _check_one_split(directory: Path, files: Sequence[str], flag: str) -> None:
     for file in files:
         name = os.path.relpath(file, directory)
         # `datasets` takes the first split that a name fits.
-        split = next((s for s, words in _SPLIT_NAMES.items() if words.search(name)), None)
+        split = next((s for s, words in _SPLITS.items() if words.search(name)), None)
         if split is not None:
             found.setdefault(split, name)
     if len(found) > 1:

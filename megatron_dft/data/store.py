@@ -104,9 +104,9 @@ class TokenStore:
                     f"the data cache {str(directory)!r} is damaged: {name} has {actual} bytes, "
                     f"expected {expected}; delete the directory and start again"
                 )
-            # As plain arrays: a slice of a memmap costs four times as much.
-            mapped = np.asarray(np.memmap(path, dtype=kind, mode="r")) if expected else None
-            arrays.append(np.empty(0, dtype=kind) if mapped is None else mapped)
+            empty = np.empty(0, dtype=kind)
+            whole = np.memmap(path, dtype=kind, mode="r") if expected else empty
+            arrays.append(np.asarray(whole))  # a slice of a memmap costs four times as much
         check_files(directory, meta["sha256"])
         tokens, offsets, rows, files, *weights = arrays
         return cls(tokens, offsets, rows, files, meta, *weights)
